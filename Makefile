@@ -1,0 +1,66 @@
+# For a machine with Python 3.11 or newer and make; everything else is installed into .venv.
+
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+DBT_VERSIONS := $(patsubst tests/dbt-versions/%.txt,%,$(wildcard tests/dbt-versions/*.txt))
+
+# Every dbt that is started from here, and stays quiet about it.
+export DBT_SEND_ANONYMOUS_USAGE_STATS := 0
+
+.PHONY: demo test lint schemas test-dbt-versions bench constraints clean
+
+demo: $(VENV)/.installed  ## A sample project, from request to events.
+	$(BIN)/dbtstream demo
+
+test: lint  ## What CI runs.
+	$(BIN)/python -m pytest --ignore=tests/bench
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+schemas: $(VENV)/.installed-dev  ## Write schemas/ anew; read the difference before it goes in.
+	$(BIN)/dbtstream schema --output schemas
+
+test-dbt-versions: $(DBT_VERSIONS:%=test-dbt-%)  ## The child on every dbt that we support.
+
+test-dbt-%: .venvs/%/.installed $(VENV)/.installed-dev
+	DBTSTREAM_TEST_PYTHON=$(CURDIR)/.venvs/$*/bin/python $(BIN)/python -m pytest tests/integration/test_dbt_child.py
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.bench
+
+# Newest versions that fit pyproject.toml, as a fresh machine would get them.
+constraints:
+	rm -rf .venvs/constraints
+	$(PYTHON) -m venv .venvs/constraints
+	.venvs/constraints/bin/python $(PIP_INSTALL) -e '.[dev]'
+	grep '^#' constraints.txt > constraints.txt.new
+	.venvs/constraints/bin/python -m pip --disable-pip-version-check freeze --exclude-editable >> constraints.txt.new
+	mv constraints.txt.new constraints.txt
+
+clean:
+	rm -rf $(VENV) .venvs .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "dbtstream needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps: installed again only when what is asked for has changed.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/.installed $@
+
+.PRECIOUS: .venvs/%/.installed
+.venvs/%/.installed: tests/dbt-versions/%.txt
+	$(PYTHON) -m venv .venvs/$*
+	.venvs/$*/bin/python $(PIP_INSTALL) -r $<
+	@touch $@

@@ -1,0 +1,408 @@
+"""`dbtstream.toml`: what a worker may run, where, and how it reaches NATS.
+
+Unknown keys are refused, and every error says file, key path and what is accepted. A value
+may be set from the environment (`DBTSTREAM__WORKER__SLOTS=8`), which wins over the file.
+Secrets are never in the file: they are named (`{ env = "X" }`, `{ file = "/run/…" }`) and
+read when a child is started, into that child's environment only.
+"""
+
+import os
+import socket
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from dbtstream.config_environment import lay_over
+from dbtstream.errors import ConfigError
+from dbtstream.subjects import NAME
+
+FILE_NAME = "dbtstream.toml"
+SEARCH = (Path(FILE_NAME), Path("/etc/dbtstream") / FILE_NAME)
+ENV_FILE = "DBTSTREAM_CONFIG"
+
+DEFAULT_COMMANDS = (
+    "build",
+    "run",
+    "test",
+    "seed",
+    "snapshot",
+    "compile",
+    "source freshness",
+    "docs generate",
+    "parse",
+    "list",
+    "show",
+)
+"""dbt commands that a project allows if it does not say. Others it must name."""
+
+KNOWN_COMMANDS = (*DEFAULT_COMMANDS, "retry", "clone", "deps", "debug", "run-operation")
+
+DEFAULT_PASS_ENV = (
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "LOGNAME",
+    "PATH",
+    "SSL_CERT_DIR",
+    "SSL_CERT_FILE",
+    "TMPDIR",
+    "TZ",
+    "USER",
+    "DBT_SEND_ANONYMOUS_USAGE_STATS",
+    "DO_NOT_TRACK",
+)
+"""The variables of the daemon that a dbt process gets besides those of its project."""
+
+NEVER_PASS_ENV = ("DBTSTREAM_", "NATS_", "OTEL_")
+"""Not even `pass_env = ["*"]` hands these to dbt: they are the daemon's own."""
+
+DEFAULT_TARGET = "default"
+"""A target of this name means: whatever target the profile says."""
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all config tables: an unknown key is an error, not a default."""
+
+
+class SecretRef(Section, frozen=True, kw_only=True):
+    """Where a secret is: exactly one of an environment variable or a file."""
+
+    env: str | None = None
+    file: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.env is None) == (self.file is None):
+            raise ValueError('name one of env and file, like { env = "PASSWORD" }')
+
+
+class NatsConfig(Section, frozen=True, kw_only=True):
+    servers: tuple[str, ...] = ("nats://127.0.0.1:4222",)
+    user: str | None = None
+    password: SecretRef | None = None
+    token: SecretRef | None = None
+    creds_file: str | None = None
+    nkey_seed_file: str | None = None
+    tls_ca_file: str | None = None
+    tls_cert_file: str | None = None
+    tls_key_file: str | None = None
+    inbox_prefix: str = "_INBOX"
+    connect_timeout_s: float = 2.0
+    request_timeout_s: float = 2.0
+    reconnect_wait_s: float = 0.5
+
+
+class StreamsConfig(Section, frozen=True, kw_only=True):
+    """What `dbtstream setup` creates. Sizes are bytes."""
+
+    manage: bool = True  # `serve` creates what is missing; needs the permissions for it
+    replicas: int = 1
+    runs_max_msgs: int = 10_000
+    events_max_age_s: float = 14 * 86400
+    events_max_bytes: int = 2 * 1024**3
+    dead_max_age_s: float = 30 * 86400
+    state_max_age_s: float = 30 * 86400
+    idle_consumer_s: float = 7 * 86400
+
+
+class WorkerConfig(Section, frozen=True, kw_only=True):
+    name: str = ""  # in events, in logs and in `dbtstream ps`; the host's name if empty
+    slots: int = 4  # dbt processes at one time
+    state_dir: str = ""  # outboxes, target and log paths; $XDG_STATE_HOME/dbtstream if empty
+    drain_timeout_s: float = 60.0  # SIGTERM: how long running dbt may go on
+    cancel_grace_s: float = 30.0  # interrupted dbt may take so long before SIGTERM
+    kill_grace_s: float = 10.0  # and so long after SIGTERM before SIGKILL
+    handshake_timeout_s: float = 60.0  # process start to dbt imported
+    ack_wait_s: float = 90.0  # without a heartbeat for so long, another worker gets the run
+    heartbeat_s: float = 15.0
+    outbox_max_bytes: int = 1024**3  # per run
+    keep_runs: int = 50  # folders of so many ended runs stay on disk, per project and target
+
+
+class LogConfig(Section, frozen=True, kw_only=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "console", "json"] = "auto"  # auto: console on a terminal
+
+
+class ProjectConfig(Section, frozen=True, kw_only=True):
+    """One dbt project. Its name, the table's key, is the first token of its subjects."""
+
+    path: str
+    targets: tuple[str, ...]  # the first is that of `dbtstream run`; "default" is the profile's own
+    python: str = ""  # an interpreter that has dbt and the adapter; the daemon's own if empty
+    profiles_dir: str | None = None
+    profile: str | None = None
+    commands: tuple[str, ...] = DEFAULT_COMMANDS
+    allow_inline: bool = False  # `--inline`: SQL and macro calls of the request's own
+    run_operations: tuple[str, ...] = ()  # macros that `run-operation` may call, by name
+    default_args: tuple[str, ...] = ()  # after the request's own, such as ["--threads", "8"]
+    env: dict[str, str] = {}
+    secrets: dict[str, SecretRef] = {}
+    pass_env: tuple[str, ...] = ()  # more variables of the daemon; a final * matches any ending
+    target_path: str | None = None  # where artifacts go; each run's own folder if not set
+    log_level: Literal["debug", "info", "warn", "error", "none"] = "warn"
+    queries: bool = False  # publish `query.finished`
+    query_sql: bool = False  # with the SQL text
+    timeout_s: float | None = None
+    silence_timeout_s: float | None = None
+    content_type: Literal["application/json", "application/msgpack"] = "application/json"
+    labels: dict[str, str] = {}
+
+
+class Config(Section, frozen=True, kw_only=True):
+    nats: NatsConfig = NatsConfig()
+    streams: StreamsConfig = StreamsConfig()
+    worker: WorkerConfig = WorkerConfig()
+    log: LogConfig = LogConfig()
+    projects: dict[str, ProjectConfig] = {}
+    source: str = "defaults"  # where it came from, for messages; not a key of the file
+
+    @property
+    def worker_name(self) -> str:
+        return self.worker.name or _host_name()
+
+    @property
+    def state_dir(self) -> Path:
+        if self.worker.state_dir:
+            return Path(self.worker.state_dir)
+        base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        return Path(base) / "dbtstream"
+
+
+def find_config(given: str | None = None) -> Path | None:
+    """The file that applies: `--config`, `$DBTSTREAM_CONFIG`, ./dbtstream.toml, /etc/dbtstream."""
+    if chosen := given or os.environ.get(ENV_FILE):
+        return Path(chosen)
+    return next((path for path in SEARCH if path.is_file()), None)
+
+
+def load_config(path: Path | None, environ: Mapping[str, str] | None = None) -> Config:
+    """The file (defaults if None) with the environment laid over it. Raises ConfigError."""
+    source = str(path) if path else "defaults"
+    tables: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(source, "", "there is no such file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(source, "", f"cannot be read: {error}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(source, "", f"is not TOML: {error}") from error
+    origins = lay_over(tables, os.environ if environ is None else environ)
+    try:
+        return _check(_convert(tables, source), base=path.parent if path else Path())
+    except ConfigError as error:
+        # A person looks for the mistake where the value came from.
+        if variable := origins.get(error.key.split("[")[0]):
+            raise ConfigError(
+                f"environment {variable}", error.key, error.problem, error.hint
+            ) from None
+        raise
+
+
+def read_secret(ref: SecretRef, source: str, key: str) -> str:
+    """The secret itself. Raises ConfigError that names where it should be, never its value."""
+    if ref.env is not None:
+        if (value := os.environ.get(ref.env)) is None:
+            raise ConfigError(source, key, f"environment variable {ref.env} is not set")
+        return value
+    try:
+        return Path(ref.file or "").read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(source, key, f"secret file {ref.file} cannot be read: {error}") from error
+
+
+def _convert(tables: dict[str, Any], source: str) -> Config:
+    """Table by table, so that an error can name the project it is in."""
+    sections: dict[str, Any] = {}
+    kinds: dict[str, type[Section]] = {
+        "nats": NatsConfig,
+        "streams": StreamsConfig,
+        "worker": WorkerConfig,
+        "log": LogConfig,
+    }
+    for key, value in tables.items():
+        if key in kinds:
+            sections[key] = _section(value, kinds[key], source, key)
+        elif key == "projects" and isinstance(value, dict):
+            sections[key] = {
+                name: _section(table, ProjectConfig, source, f"projects.{name}")
+                for name, table in value.items()
+            }
+        else:
+            raise ConfigError(
+                source, key, "no such table", f"accepted: {', '.join([*kinds, 'projects'])}"
+            )
+    return Config(**sections, source=source)
+
+
+def _section(value: Any, kind: type[Section], source: str, key: str) -> Any:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        problem, _, path = str(error).partition(" - at `$")
+        path = path.rstrip("`").removeprefix(".")
+        accepted = _accepted(kind, path)
+        where = ".".join(filter(None, (key, _with_item(value, kind, path))))
+        raise ConfigError(source, where, problem, accepted) from error
+
+
+def _with_item(value: Any, kind: type[Section], path: str) -> str:
+    """msgspec says `secrets[...]`; which of the secrets it is, has to be tried."""
+    field, marker, rest = path.partition("[...]")
+    if not marker or not isinstance(value.get(field), dict):
+        return path
+    hint = typing.get_type_hints(kind)[field]
+    for name, item in value[field].items():
+        try:
+            msgspec.convert({name: item}, hint)
+        except msgspec.ValidationError:
+            return f"{field}.{name}{rest}"
+    return path
+
+
+def _accepted(kind: Any, path: str) -> str:
+    """What may stand at `path` of a table: its keys, or the values of a closed list."""
+    for part in path.replace("[...]", "[]").split(".") if path else []:
+        name = part.split("[")[0]
+        kind = typing.get_type_hints(kind).get(name) if name else None
+        if "[" in part:
+            kind = next(iter(typing.get_args(kind)[-1:]), None)
+        if kind is None:
+            return ""
+    choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    for choice in choices:
+        if isinstance(choice, type) and issubclass(choice, Section):
+            return f"accepted keys: {', '.join(choice.__struct_fields__)}"
+        if typing.get_origin(choice) is Literal:
+            return f"accepted: {', '.join(map(str, typing.get_args(choice)))}"
+    return ""
+
+
+def _check(config: Config, base: Path) -> Config:
+    """What types cannot say; and paths made absolute, from the file's own folder."""
+    source = config.source
+    worker = config.worker
+    if worker.name and not NAME.fullmatch(worker.name):
+        raise ConfigError(source, "worker.name", _name_rule(worker.name))
+    _check_durations(source, "nats", config.nats)
+    _check_durations(source, "streams", config.streams)
+    _check_durations(source, "worker", worker)
+    for key, low in (("slots", 1), ("keep_runs", 0), ("outbox_max_bytes", 1024 * 1024)):
+        if getattr(worker, key) < low:
+            raise ConfigError(source, f"worker.{key}", f"must be at least {low}")
+    if worker.heartbeat_s * 3 > worker.ack_wait_s:
+        raise ConfigError(
+            source, "worker.heartbeat_s", "must be at most a third of worker.ack_wait_s"
+        )
+    if not config.nats.servers:
+        raise ConfigError(source, "nats.servers", "is empty", 'such as ["nats://host:4222"]')
+    projects = {
+        name: _check_project(name, project, source, base)
+        for name, project in config.projects.items()
+    }
+    state_dir = _absolute(base, worker.state_dir) if worker.state_dir else ""
+    return msgspec.structs.replace(
+        config,
+        nats=_with_paths(config.nats, base),
+        projects=projects,
+        worker=msgspec.structs.replace(worker, state_dir=state_dir),
+    )
+
+
+def _check_durations(source: str, key: str, section: Section) -> None:
+    """Graces may be zero: SIGTERM or SIGKILL at once. No other time limit may."""
+    for name in section.__struct_fields__:
+        value = getattr(section, name)
+        may_be_zero = name in ("drain_timeout_s", "cancel_grace_s", "kill_grace_s")
+        if (
+            name.endswith("_s")
+            and value is not None
+            and (value < 0 or (value == 0 and not may_be_zero))
+        ):
+            rule = "must not be negative" if may_be_zero else "must be above 0"
+            raise ConfigError(source, f"{key}.{name}", f"is {value:g}; it {rule}")
+
+
+def _with_paths(nats: NatsConfig, base: Path) -> NatsConfig:
+    files = ("creds_file", "nkey_seed_file", "tls_ca_file", "tls_cert_file", "tls_key_file")
+    paths = {name: _absolute(base, path) for name in files if (path := getattr(nats, name))}
+    secrets = {
+        name: _with_path(ref, base)
+        for name in ("password", "token")
+        if (ref := getattr(nats, name)) is not None
+    }
+    return msgspec.structs.replace(nats, **paths, **secrets)
+
+
+def _with_path(ref: SecretRef, base: Path) -> SecretRef:
+    return SecretRef(file=_absolute(base, ref.file)) if ref.file is not None else ref
+
+
+def _absolute(base: Path, path: str) -> str:
+    return str((base / Path(path).expanduser()).absolute())
+
+
+def _check_project(name: str, project: ProjectConfig, source: str, base: Path) -> ProjectConfig:
+    key = f"projects.{name}"
+    if not NAME.fullmatch(name):
+        raise ConfigError(source, key, _name_rule(name))
+    if not project.targets:
+        raise ConfigError(source, f"{key}.targets", "is empty", 'such as ["prod"]')
+    for target in project.targets:
+        if not NAME.fullmatch(target):
+            raise ConfigError(source, f"{key}.targets", _name_rule(target))
+        if project.targets.count(target) > 1:
+            raise ConfigError(source, f"{key}.targets", f"names {target} more than once")
+    for command in project.commands:
+        if command not in KNOWN_COMMANDS:
+            raise ConfigError(
+                source,
+                f"{key}.commands",
+                f"dbt has no command {command!r} for us",
+                f"accepted: {', '.join(KNOWN_COMMANDS)}",
+            )
+    if project.run_operations and "run-operation" not in project.commands:
+        raise ConfigError(
+            source, f"{key}.run_operations", "names macros, but commands lacks run-operation"
+        )
+    for variable in project.env:
+        if variable in project.secrets:
+            raise ConfigError(source, f"{key}.env.{variable}", "is also in secrets; keep one")
+    _check_durations(source, key, project)
+    path = _absolute(base, project.path)
+    if not Path(path, "dbt_project.yml").is_file():
+        raise ConfigError(source, f"{key}.path", f"{path} holds no dbt_project.yml")
+    profiles_dir = project.profiles_dir
+    return msgspec.structs.replace(
+        project,
+        path=path,
+        profiles_dir=None if profiles_dir is None else _absolute(base, profiles_dir),
+        python=_python(project.python, base),
+        secrets={name: _with_path(ref, base) for name, ref in project.secrets.items()},
+    )
+
+
+def _python(configured: str, base: Path) -> str:
+    """Absolute unless it is a bare command name; symlinks stay, they make the venv."""
+    if not configured:
+        return sys.executable
+    if "/" not in configured:
+        return configured
+    return _absolute(base, configured)
+
+
+def _name_rule(name: str) -> str:
+    return f"{name!r} cannot be in a NATS subject; use letters, digits, - and _ (at most 64)"
+
+
+def _host_name() -> str:
+    cleaned = "".join(c if NAME.fullmatch(c) else "-" for c in socket.gethostname())
+    return cleaned[:64] or "worker"

@@ -1,0 +1,54 @@
+"""A run and the moves it may make. Pure: time comes in as `at`.
+
+The value stored per run is `messages.RunView`; `store` writes it with compare-and-set, so
+two workers cannot both move a run.
+"""
+
+from datetime import datetime
+
+import msgspec
+
+from dbtstream.errors import IllegalMove
+from dbtstream.messages import RunView
+from dbtstream.statuses import TERMINAL_RUN_STATUSES, RunStatus
+
+MOVES: dict[RunStatus, frozenset[RunStatus]] = {
+    RunStatus.QUEUED: frozenset(
+        {RunStatus.STARTING, RunStatus.CANCELLED, RunStatus.ERROR, RunStatus.LOST}
+    ),
+    RunStatus.STARTING: frozenset(
+        {
+            RunStatus.RUNNING,
+            RunStatus.ERROR,
+            RunStatus.CANCELLED,
+            RunStatus.TIMED_OUT,
+            RunStatus.LOST,
+        }
+    ),
+    RunStatus.RUNNING: TERMINAL_RUN_STATUSES,
+}
+"""From a status to those that may follow. What is not a key is an end."""
+
+
+def advance(run: RunView, wanted: RunStatus, *, at: datetime) -> RunView:
+    """The run in its next status. Raises IllegalMove."""
+    if wanted not in MOVES.get(run.status, frozenset()):
+        raise IllegalMove(run.run_id, run.status, wanted)
+    return msgspec.structs.replace(
+        run,
+        status=wanted,
+        updated_at=at,
+        started_at=at if wanted is RunStatus.RUNNING else run.started_at,
+        finished_at=at if wanted.is_terminal else run.finished_at,
+    )
+
+
+def exit_code_of(status: RunStatus, dbt_exit_code: int | None) -> int:
+    """What `dbtstream run` exits with: dbt's own code where dbt gave one, else dbt's 2."""
+    if dbt_exit_code is not None and status in (
+        RunStatus.SUCCESS,
+        RunStatus.FAILURE,
+        RunStatus.ERROR,
+    ):
+        return dbt_exit_code
+    return 0 if status is RunStatus.SUCCESS else 2

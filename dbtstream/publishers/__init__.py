@@ -1,0 +1,1 @@
+"""Where events go. Each publisher is one file and knows nothing of the others."""

@@ -1,0 +1,159 @@
+"""The KV bucket `dbt_state`: reading and compare-and-set writing of its keys.
+
+`store` gives the keys a meaning. It goes past nats-py's KeyValue, which reads server-placed
+markers as living entries (2.16), whose update cannot tell our own write, with its answer
+lost, from another's, and which has no way to read many keys at once.
+"""
+
+import asyncio
+import base64
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from dbtstream.errors import NatsRefused, NatsUnavailable
+from dbtstream.nats_errors import WRONG_LAST_SEQUENCE, JetStreamRefused, from_answer
+from dbtstream.nats_link import NatsLink, backoff_s
+
+_EXPECTED = "Nats-Expected-Last-Subject-Sequence"
+_MARKERS = ("KV-Operation", "Nats-Marker-Reason")
+_NO_MESSAGE = 10037
+_READ_TIMEOUT_S = 5.0
+
+T = TypeVar("T")
+
+
+class RevisionConflict(NatsRefused):
+    """Somebody else wrote `key` after `revision` was read: read again and decide again."""
+
+    def __init__(self, key: str, revision: int) -> None:
+        self.key, self.revision = key, revision
+        super().__init__(f"writing {key} over revision {revision}", "it has been written since")
+
+
+class Value(NamedTuple):
+    """A key's last message. `data` is None for a deleted, purged or expired key."""
+
+    data: bytes | None
+    revision: int
+
+
+class Bucket:
+    """Each call is retried through outages for `retry_for_s` (None: for ever), then raises
+    NatsUnavailable; NatsRefused comes at once."""
+
+    def __init__(self, link: NatsLink, name: str, *, retry_for_s: float | None) -> None:
+        self._link = link
+        self._stream = f"KV_{name}"
+        self._prefix = f"$KV.{name}."
+        self._retry_for_s = retry_for_s
+
+    async def write(self, key: str, data: bytes, revision: int | None) -> int:
+        """Over `revision` (0: it must not exist; None: whatever is there); the new one.
+
+        Raises RevisionConflict.
+        """
+        return await self._retried(lambda: self._write_once(key, data, revision))
+
+    async def read(self, key: str) -> Value | None:
+        """Through STREAM.MSG.GET, which the leader answers; a direct get may be behind."""
+        return await self._retried(lambda: self._read_once(key))
+
+    async def read_many(self, keys: Sequence[str]) -> list[bytes]:
+        """The living values of up to about a thousand keys, in no order, maybe a bit behind."""
+        return await self._retried(lambda: self._read_many(keys))
+
+    async def keys(self, pattern: str) -> list[str]:
+        """All keys that match, such as `run.>`."""
+        return await self._retried(lambda: self._keys(pattern))
+
+    async def _write_once(self, key: str, data: bytes, revision: int | None) -> int:
+        headers = None if revision is None else {_EXPECTED: str(revision)}
+        try:
+            ack = await self._link.publish(self._prefix + key, data, headers)
+        except JetStreamRefused as error:
+            if revision is None or error.err_code not in WRONG_LAST_SEQUENCE:
+                raise
+            value = await self._read_once(key)
+            if value is not None and value.data == data and value.revision > revision:
+                return value.revision  # our own write, whose answer was lost
+            if revision == 0 and value is not None and value.data is None:
+                return await self._write_once(key, data, value.revision)
+            raise RevisionConflict(key, revision) from error
+        return int(ack.seq)
+
+    async def _read_once(self, key: str) -> Value | None:
+        body = {"last_by_subj": self._prefix + key}
+        try:
+            answer = await self._api(f"STREAM.MSG.GET.{self._stream}", body)
+        except JetStreamRefused as error:
+            if error.err_code == _NO_MESSAGE:
+                return None
+            raise
+        message = answer["message"]
+        headers = base64.b64decode(message.get("hdrs", "")).decode("utf-8", "replace")
+        gone = any(f"\n{name}:" in headers for name in _MARKERS)
+        data = None if gone else base64.b64decode(message.get("data", ""))
+        return Value(data, int(message["seq"]))
+
+    async def _keys(self, pattern: str) -> list[str]:
+        """100,000 come per answer."""
+        keys: list[str] = []
+        total = 1
+        while len(keys) < total:
+            answer = await self._api(
+                f"STREAM.INFO.{self._stream}",
+                {"subjects_filter": self._prefix + pattern, "offset": len(keys)},
+            )
+            subjects = answer["state"].get("subjects") or {}
+            if not subjects:
+                break
+            keys += (subject.removeprefix(self._prefix) for subject in subjects)
+            total = int(answer.get("total", len(keys)))
+        return keys
+
+    async def _read_many(self, keys: Sequence[str]) -> list[bytes]:
+        """Last values of many keys in one request (ADR-31, `multi_last`); nats-py has no call
+        for it. The answers end with a message of status 204."""
+        body = json.dumps({"multi_last": [self._prefix + key for key in keys]}).encode()
+        values: list[bytes] = []
+        with self._link.translated(f"reading {self._stream}"):
+            client = self._link.client
+            inbox = client.new_inbox()
+            subscription = await client.subscribe(inbox)
+            try:
+                await client.publish(f"$JS.API.DIRECT.GET.{self._stream}", body, reply=inbox)
+                while True:
+                    message = await subscription.next_msg(timeout=_READ_TIMEOUT_S)
+                    headers = message.headers or {}
+                    if "Status" in headers:  # 204: that was all; 404: there is none
+                        return values
+                    if not any(name in headers for name in _MARKERS):
+                        values.append(message.data)
+            finally:
+                await subscription.unsubscribe()
+
+    async def _api(self, verb: str, body: dict[str, Any]) -> dict[str, Any]:
+        reply = await self._link.request(f"$JS.API.{verb}", json.dumps(body).encode())
+        answer: dict[str, Any] = json.loads(reply.data)
+        if "error" in answer:
+            raise from_answer(verb, self._link.servers, answer["error"])
+        return answer
+
+    async def _retried(self, call: Callable[[], Awaitable[T]]) -> T:
+        attempt = 0
+        problem: NatsUnavailable | None = None
+        try:
+            async with asyncio.timeout(self._retry_for_s):
+                while True:
+                    try:
+                        await self._link.wait_connected()
+                        return await call()
+                    except NatsUnavailable as error:
+                        problem = error
+                    attempt += 1
+                    await asyncio.sleep(backoff_s(attempt))
+        except TimeoutError:
+            raise problem or NatsUnavailable(
+                self._link.servers, f"no connection within {self._retry_for_s:g} s"
+            ) from None

@@ -1,0 +1,219 @@
+"""What is known of runs, requests and nodes, in the KV bucket `dbt_state`.
+
+    run.<run_id>                              messages.RunView, written with compare-and-set
+    request.<project>.<target>.<hash>         the run id that a request_id belongs to
+    node.<project>.<target>.<unique_id>       NodeState, the last one wins
+
+`execution` and `worker` write, `control` reads; `streams` makes the bucket and `state_bucket`
+reads and writes its keys. Run states are written at once and in order; node states behind
+the run's back, since a run of ten thousand nodes must not wait for ten thousand answers.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from datetime import datetime
+
+import msgspec
+
+from dbtstream.errors import NatsRefused, NatsUnavailable
+from dbtstream.events import NodeFinished
+from dbtstream.messages import RunView
+from dbtstream.nats_link import NatsLink
+from dbtstream.state_bucket import Bucket, RevisionConflict
+from dbtstream.statuses import NodeStatus
+from dbtstream.subjects import STATE_BUCKET, node_key, request_key, run_key
+
+__all__ = ["NodeState", "NodeStates", "RevisionConflict", "Store", "state_of"]
+
+logger = logging.getLogger(__name__)
+
+RETRY_FOR_S = 30.0
+PAGE = 100  # runs read per request
+MAX_LISTED = 5000  # of the newest runs, how many a filtered list looks at
+IN_FLIGHT = 8
+MAX_MESSAGE_CHARS = 500
+
+_Key = tuple[str, str, str]
+
+_encoder = msgspec.json.Encoder()
+_run: msgspec.json.Decoder[RunView] = msgspec.json.Decoder(RunView)
+
+
+class NodeState(msgspec.Struct, frozen=True, kw_only=True):
+    """How a node ended last in a project and target, and how (`previous_status`) before that."""
+
+    unique_id: str
+    status: NodeStatus
+    run_id: str
+    attempt: int
+    seq: int
+    finished_at: datetime | None = None
+    resource_type: str
+    name: str
+    message: str | None = None
+    previous_status: NodeStatus | None = None
+
+
+_node: msgspec.json.Decoder[NodeState] = msgspec.json.Decoder(NodeState)
+
+
+class Store:
+    """Each call is retried through outages for `retry_for_s` (None: for ever), then raises
+    NatsUnavailable; NatsRefused comes at once."""
+
+    def __init__(self, link: NatsLink, *, retry_for_s: float | None = RETRY_FOR_S) -> None:
+        self._bucket = Bucket(link, STATE_BUCKET, retry_for_s=retry_for_s)
+
+    # -- runs ------------------------------------------------------------------------------
+
+    async def create_run(self, view: RunView) -> int:
+        """The first state of a run; its revision. Raises RevisionConflict if it is known."""
+        return await self._bucket.write(run_key(view.run_id), _encoder.encode(view), 0)
+
+    async def update_run(self, view: RunView, revision: int) -> int:
+        """Write over `revision`; the new one. Raises RevisionConflict."""
+        return await self._bucket.write(run_key(view.run_id), _encoder.encode(view), revision)
+
+    async def get_run(self, run_id: str) -> tuple[RunView, int] | None:
+        """From the stream's leader, so that what it says may be written over."""
+        value = await self._bucket.read(run_key(run_id))
+        if value is None or value.data is None:
+            return None
+        return _run.decode(value.data), value.revision
+
+    async def list_runs(
+        self,
+        *,
+        project: str | None = None,
+        target: str | None = None,
+        active: bool = False,
+        limit: int = 50,
+    ) -> list[RunView]:
+        """Newest first. `active`: only runs that have not ended.
+
+        It asks for all run ids and reads states a hundred at a time until it has enough.
+        """
+        keys = sorted(await self._bucket.keys("run.>"), reverse=True)[:MAX_LISTED]
+        runs: list[RunView] = []
+        for start in range(0, len(keys), PAGE):
+            values = await self._bucket.read_many(keys[start : start + PAGE])
+            views = sorted(map(_run.decode, values), key=lambda view: view.run_id, reverse=True)
+            runs += (
+                view
+                for view in views
+                if project in (None, view.project)
+                and target in (None, view.target)
+                and not (active and view.status.is_terminal)
+            )
+            if len(runs) >= limit:
+                break
+        return runs[:limit]
+
+    # -- requests --------------------------------------------------------------------------
+
+    async def remember_request(
+        self, project: str, target: str, request_id: str, run_id: str
+    ) -> str:
+        """The run id that this request_id got first: `run_id`, unless there is an older one."""
+        key = request_key(project, target, request_id)
+        while True:
+            try:
+                await self._bucket.write(key, run_id.encode(), 0)
+            except RevisionConflict:
+                value = await self._bucket.read(key)
+                if value is not None and value.data is not None:
+                    return value.data.decode()
+            else:
+                return run_id
+
+    # -- nodes -----------------------------------------------------------------------------
+
+    async def put_node(self, project: str, target: str, unique_id: str, state_json: bytes) -> None:
+        """The last write wins."""
+        await self._bucket.write(node_key(project, target, unique_id), state_json, None)
+
+    async def get_node(self, project: str, target: str, unique_id: str) -> NodeState | None:
+        value = await self._bucket.read(node_key(project, target, unique_id))
+        return None if value is None or value.data is None else _node.decode(value.data)
+
+
+class NodeStates:
+    """Run `run()` in a task; `close()` lets it end when all is written."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._waiting: dict[_Key, NodeFinished] = {}
+        self._busy: set[_Key] = set()
+        self._wake = asyncio.Event()
+        self._closed = False
+        self.counts: Counter[str] = Counter()
+        """received, sent, dropped (a newer one came before it was written), failed."""
+
+    def put(self, event: NodeFinished) -> None:
+        """Never waits."""
+        key = (event.project, event.target, event.node.unique_id)
+        self.counts["received"] += 1
+        self.counts["dropped"] += key in self._waiting
+        self._waiting[key] = event
+        self._wake.set()
+
+    def close(self) -> None:
+        """No more puts."""
+        self._closed = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until `close()` was called and everything is written. May be cancelled."""
+        async with asyncio.TaskGroup() as group:
+            while not (self._closed and not self._waiting):
+                key = self._next_key()
+                if key is None:
+                    self._wake.clear()
+                    await self._wake.wait()
+                    continue
+                self._busy.add(key)
+                group.create_task(self._write(key, self._waiting.pop(key)), name="node state")
+
+    def _next_key(self) -> _Key | None:
+        """One whose earlier state is not on its way: two writes of a node keep their order."""
+        if len(self._busy) >= IN_FLIGHT:
+            return None
+        return next((key for key in self._waiting if key not in self._busy), None)
+
+    async def _write(self, key: _Key, event: NodeFinished) -> None:
+        try:
+            before = await self._store.get_node(*key)
+            await self._store.put_node(*key, _encoder.encode(state_of(event, before)))
+            self.counts["sent"] += 1
+        except NatsUnavailable:
+            self._waiting.setdefault(key, event)
+        except NatsRefused:
+            self.counts["failed"] += 1
+            if self.counts["failed"] == 1:
+                logger.exception(
+                    "states of nodes cannot be written",
+                    extra={"action": "node_states.failed", "key": key},
+                )
+        finally:
+            self._busy.discard(key)
+            self._wake.set()
+
+
+def state_of(event: NodeFinished, before: NodeState | None) -> NodeState:
+    """`before` of the same run tells what was before the run; of another run, it is that."""
+    previous = None
+    if before is not None:
+        previous = before.previous_status if before.run_id == event.run_id else before.status
+    return NodeState(
+        unique_id=event.node.unique_id,
+        status=event.status,
+        run_id=event.run_id,
+        attempt=event.attempt,
+        seq=event.seq,
+        finished_at=event.finished_at or event.time,
+        resource_type=event.node.resource_type,
+        name=event.node.name,
+        message=event.message[:MAX_MESSAGE_CHARS] if event.message else None,
+        previous_status=previous,
+    )

@@ -1,0 +1,16 @@
+"""One dbt invocation, seen from inside: the other end of `dbtstream.frames`.
+
+Runs under the project's own interpreter, which need not have dbtstream: stdlib and dbt only,
+syntax floor Python 3.8 (dbt 1.8). `__main__` loads this folder as the package
+`dbtstream_child`; nothing in dbtstream imports it, only tests of its pure parts do.
+
+    main        the story of one invocation, in order: read this first
+    engine      which dbt is installed, which adapter will be used
+    control     the parent's lines on stdin, deadlines, its death
+    stop        how dbt is interrupted, so that it really stops
+    callback    dbt's events -> frames, on dbt's own threads
+    plan        what dbt has selected, from the live task
+    results     what invoke returned -> frames
+    channel     the queue and the one thread that writes frames
+    scrub       secrets out, lengths bounded, only what JSON can carry
+"""

@@ -1,0 +1,492 @@
+"""dbt's events, on dbt's own threads -> frames.
+
+An exception out of a callback can hang dbt for ever or turn a built model into an error
+(dbt-core#11612), and a slow one stalls a worker thread; so nothing but the KeyboardInterrupt
+that cancels dbt leaves `EventCallback`, and all real work is left to the channel's thread.
+
+The type of an event decides, once, what is done with all of its kind; the commonest kinds
+(queries, connections, the cache) cost one dictionary look-up. Types are known by the name of
+their protobuf class: packages and codes have changed between dbt 1.8 and 1.12, names have not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import time
+import traceback
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+
+from .plan import plan_frames, task_in_flight
+from .stop import Stop
+
+Emit = Callable[[Dict[str, Any]], None]
+Handler = Callable[[Any], None]
+
+LEVELS = {"debug": 10, "test": 10, "info": 20, "warn": 30, "error": 40}
+NO_LEVEL = 20
+
+QUIET = frozenset(
+    {
+        "AdapterEventDebugMsg",
+        "CacheActionMsg",
+        "CacheDumpGraphMsg",
+        "CacheMissMsg",
+        "CodeExecutionMsg",
+        "CodeExecutionStatusMsg",
+        "ColTypeChangeMsg",
+        "ConnectionClosedMsg",
+        "ConnectionClosedInCleanupMsg",
+        "ConnectionLeftOpenMsg",
+        "ConnectionLeftOpenInCleanupMsg",
+        "ConnectionReusedMsg",
+        "ConnectionUsedMsg",
+        "FormattingMsg",
+        "JinjaLogDebugMsg",
+        "ListRelationsMsg",
+        "MainReportArgsMsg",
+        "MicrobatchExecutionDebugMsg",
+        "NewConnectionMsg",
+        "NewConnectionOpeningMsg",
+        "NodeExecutingMsg",
+        "RollbackMsg",
+        "SQLCommitMsg",
+        "SQLQueryMsg",
+        "SQLQueryStatusMsg",
+        "SchemaCreationMsg",
+        "SchemaDropMsg",
+        "SystemExecutingCmdMsg",
+        "TimingInfoCollectedMsg",
+        "WritingInjectedSQLForNodeMsg",
+    }
+)
+"""Never above info, and many: their level is not even read unless debug lines are wanted."""
+
+TOLD = frozenset(
+    {
+        "CheckNodeTestFailureMsg",
+        "CommandCompletedMsg",
+        "EndOfRunSummaryMsg",
+        "EndRunResultMsg",
+        "LogFreshnessResultMsg",
+        "LogFunctionResultMsg",
+        "LogModelResultMsg",
+        "LogNodeNoOpResultMsg",
+        "LogNodeResultMsg",
+        "LogOverloadResultMsg",
+        "LogSeedResultMsg",
+        "LogSkipBecauseErrorMsg",
+        "LogSnapshotResultMsg",
+        "LogStartOverloadMsg",
+        "LogTestResultMsg",
+        "MarkSkippedChildrenMsg",
+        "ResourceReportMsg",
+        "RunResultErrorMsg",
+        "RunResultErrorNoMessageMsg",
+        "RunResultFailureMsg",
+        "RunResultWarningMsg",
+        "RunResultWarningMessageMsg",
+    }
+)
+"""All they say is in `node_finish` or `result`: never a log line, though some are errors."""
+
+OUTPUT = frozenset(
+    {
+        "CompiledNodeMsg",
+        "JinjaLogInfoMsg",
+        "ListCmdOutMsg",
+        "NoNodesForSelectionCriteriaMsg",
+        "NoNodesSelectedMsg",
+        "NothingToDoMsg",
+        "PrintEventMsg",
+        "ShowNodeMsg",
+    }
+)
+"""What the caller asked to see: forwarded whatever the log level."""
+
+
+class EventCallback:
+    """What dbtRunner calls with every event."""
+
+    def __init__(
+        self,
+        emit: Emit,
+        stop: Optional[Stop] = None,
+        *,
+        log_level: str = "warn",
+        queries: bool = False,
+        query_sql: bool = False,
+    ) -> None:
+        self._emit = emit
+        self._stop = stop
+        self._threshold = LEVELS.get(log_level, LEVELS["warn"])
+        self._handlers: Dict[type, Optional[Handler]] = {}
+        self._named = self._table(queries, query_sql)
+        self._planned = False
+        self._hook: Optional[str] = None  # hooks run one after the other
+        self._working: Set[str] = set()
+        self._sql: Dict[int, str] = {}
+        self._events = itertools.count()  # next() is atomic; `+= 1` is not
+        self._errors = itertools.count()
+        self.first_error: Optional[str] = None
+        self.artifacts: List[Tuple[str, str, float]] = []  # type, path, when
+        self.target_path: Optional[str] = None
+
+    def __call__(self, event: Any) -> None:
+        try:
+            next(self._events)
+            kind = type(event)
+            try:
+                handler = self._handlers[kind]
+            except KeyError:
+                handler = self._handlers[kind] = self._choose(kind.__name__)
+            if handler is not None:
+                handler(event)
+        except Exception:
+            self._failed()
+        if self._stop is not None and self._stop.requested:
+            self._stop.check()
+
+    def counts(self) -> Tuple[int, int]:
+        """Events received and handlers that raised; to be asked once, at the end."""
+        return next(self._events), next(self._errors)
+
+    def _failed(self) -> None:
+        next(self._errors)
+        if self.first_error is None:
+            self.first_error = traceback.format_exc()
+
+    def _choose(self, name: str) -> Optional[Handler]:
+        if name in self._named:
+            return self._named[name]
+        if name in TOLD or (name in QUIET and self._threshold > LEVELS["debug"]):
+            return None
+        return self._output if name in OUTPUT else self._log
+
+    def _table(self, queries: bool, query_sql: bool) -> Dict[str, Handler]:
+        table: Dict[str, Handler] = {
+            "MainReportVersionMsg": self._invocation,
+            "ConcurrencyLineMsg": self._plan,
+            "NodeStartMsg": self._node_start,
+            "LogStartLineMsg": self._start_line,
+            "NodeCompilingMsg": self._compiling,
+            "NodeFinishedMsg": self._node_finish,
+            "SkippingDetailsMsg": self._skip,
+            "LogStartBatchMsg": self._batch_start,
+            "LogBatchResultMsg": self._batch_finish,
+            "LogHookStartLineMsg": self._hook_start,
+            "LogHookEndLineMsg": self._hook_finish,
+            "DatabaseErrorRunningHookMsg": self._hook_error,
+            "CatchableExceptionOnRunMsg": self._node_error,
+            "InternalErrorOnRunMsg": self._node_error,
+            "GenericExceptionOnRunMsg": self._node_error,
+            "MainEncounteredErrorMsg": self._main_error,
+            "MainStackTraceMsg": self._main_error,
+            "ArtifactWrittenMsg": self._artifact,
+            "LogCancelLineMsg": self._query_cancelled,
+        }
+        if queries:
+            table["SQLQueryStatusMsg"] = self._query
+            if query_sql:
+                table["SQLQueryMsg"] = self._query_text
+        return table
+
+    # The run.
+
+    def _invocation(self, event: Any) -> None:
+        self._emit(
+            {"t": "invocation", "at": time.time(), "invocation_id": event.info.invocation_id}
+        )
+
+    def _plan(self, event: Any) -> None:
+        if self._planned:
+            return
+        self._planned = True
+        task = None
+        try:
+            task = task_in_flight()
+            self.target_path = task.config.project_target_path
+        finally:
+            for frame in plan_frames(task, event.data):
+                self._emit(frame)
+
+    def _main_error(self, event: Any) -> None:
+        """The run-level exception is in `result`; a fail-fast one is not, dbt swallows it."""
+        error = sys.exc_info()[1]
+        if error is None or type(error).__name__ == "FailFastError":
+            self._log(event)
+
+    def _artifact(self, event: Any) -> None:
+        data = event.data
+        self.artifacts.append((data.artifact_type, data.artifact_path, time.time()))
+
+    def _query_cancelled(self, event: Any) -> None:
+        self._emit({"t": "query_cancelled", "at": time.time(), "connection": event.data.conn_name})
+
+    # Nodes.
+
+    def _node_start(self, event: Any) -> None:
+        info = event.data.node_info
+        self._emit(
+            {
+                "t": "node_start",
+                "at": time.time(),
+                "unique_id": info.unique_id,
+                "thread": threading.current_thread().name,
+                "started_at": info.node_started_at or None,
+            }
+        )
+
+    def _start_line(self, event: Any) -> None:
+        data = event.data
+        self._works(data.node_info.unique_id, data.index, data.total)
+
+    def _compiling(self, event: Any) -> None:
+        """All that ephemeral models have; of others LogStartLine came before."""
+        unique_id = event.data.node_info.unique_id
+        if unique_id not in self._working:
+            self._works(unique_id, None, None)
+
+    def _works(self, unique_id: str, index: Optional[int], total: Optional[int]) -> None:
+        self._working.add(unique_id)
+        self._emit(
+            {
+                "t": "node_work",
+                "at": time.time(),
+                "unique_id": unique_id,
+                "index": index,
+                "total": total,
+            }
+        )
+
+    def _node_finish(self, event: Any) -> None:
+        info, result = event.data.node_info, event.data.run_result
+        status = result.status
+        counts = info.resource_type in ("test", "unit_test") and status in ("pass", "fail", "warn")
+        self._emit(
+            {
+                "t": "node_finish",
+                "at": time.time(),
+                "unique_id": info.unique_id,
+                "status": status,
+                "thread": result.thread or None,
+                "started_at": info.node_started_at or None,
+                "finished_at": info.node_finished_at or None,
+                "timing": [
+                    {
+                        "name": step.name,
+                        "started_at": _moment(step, "started_at"),
+                        "completed_at": _moment(step, "completed_at"),
+                    }
+                    for step in result.timing_info
+                ],
+                "message": result.message or None,
+                "failures": result.num_failures if counts else None,
+                "adapter_response": struct_dict(result.adapter_response),
+                "relation": _relation(info.node_relation),
+            }
+        )
+
+    def _skip(self, event: Any) -> None:
+        self._emit(
+            {"t": "node_skip", "at": time.time(), "unique_id": event.data.node_info.unique_id}
+        )
+
+    def _node_error(self, event: Any) -> None:
+        """Fired inside dbt's except clause, so the exception itself can still be looked at."""
+        data = event.data
+        error = sys.exc_info()[1]
+        self._emit(
+            {
+                "t": "node_error",
+                "at": time.time(),
+                "unique_id": data.node_info.unique_id or getattr(data, "unique_id", ""),
+                "error_class": "Exception" if error is None else type(error).__name__,
+                "message": data.exc,
+                "code": error_code(error),
+            }
+        )
+
+    def _batch_start(self, event: Any) -> None:
+        data = event.data
+        self._emit(
+            {
+                "t": "batch_start",
+                "at": time.time(),
+                "unique_id": data.node_info.unique_id,
+                "index": data.batch_index,
+                "total": data.total_batches,
+            }
+        )
+
+    def _batch_finish(self, event: Any) -> None:
+        data = event.data
+        frame = {
+            "t": "batch_finish",
+            "at": time.time(),
+            "unique_id": data.node_info.unique_id,
+            "index": data.batch_index,
+            "total": data.total_batches,
+            # dbt puts the adapter's answer here when the batch went well
+            "status": data.status if data.status in ("error", "skipped") else "success",
+            "execution_s": round(data.execution_time, 6),
+        }
+        try:
+            frame["event_time_start"], frame["event_time_end"] = _batch_in_flight()
+        finally:
+            self._emit(frame)
+
+    # Hooks of the project.
+
+    def _hook_start(self, event: Any) -> None:
+        # dbt 1.8 runs start hooks before ConcurrencyLine; its task is in flight already.
+        self._plan(event)
+        data = event.data
+        self._hook = data.node_info.unique_id
+        self._emit(
+            {
+                "t": "hook_start",
+                "at": time.time(),
+                "unique_id": data.node_info.unique_id,
+                "index": data.index,
+                "total": data.total,
+            }
+        )
+
+    def _hook_finish(self, event: Any) -> None:
+        data = event.data
+        self._hook = None
+        self._emit(
+            {
+                "t": "hook_finish",
+                "at": time.time(),
+                "unique_id": data.node_info.unique_id,
+                "status": data.status,
+                "execution_s": round(data.execution_time, 6),
+            }
+        )
+
+    def _hook_error(self, event: Any) -> None:
+        """dbt 1.8 tells the failure of a hook so, and has no result for it."""
+        if self._hook is not None:
+            frame = {"t": "hook_finish", "at": time.time(), "unique_id": self._hook}
+            self._hook = None
+            self._emit({**frame, "status": "error", "message": str(sys.exc_info()[1] or "")})
+
+    # Text.
+
+    def _log(self, event: Any) -> None:
+        level = event.info.level
+        if LEVELS.get(level, NO_LEVEL) >= self._threshold:
+            self._line(event, level)
+
+    def _output(self, event: Any) -> None:
+        self._line(event, event.info.level)
+
+    def _line(self, event: Any, level: str) -> None:
+        info = event.info
+        if not info.msg:
+            return
+        node = getattr(event.data, "node_info", None)
+        self._emit(
+            {
+                "t": "log",
+                "at": time.time(),
+                "level": level if level in ("info", "warn", "error") else "debug",
+                "code": info.code,
+                "name": info.name,
+                "message": info.msg,
+                "unique_id": getattr(node, "unique_id", None) or None,
+            }
+        )
+
+    def _query_text(self, event: Any) -> None:
+        self._sql[threading.get_ident()] = event.data.sql
+
+    def _query(self, event: Any) -> None:
+        data = event.data
+        self._emit(
+            {
+                "t": "query",
+                "at": time.time(),
+                "unique_id": data.node_info.unique_id or None,
+                "status": data.status,
+                "elapsed_s": round(data.elapsed, 6),  # float32 in dbt
+                "query_id": getattr(data, "query_id", None) or None,
+                "sql": self._sql.pop(threading.get_ident(), None),
+            }
+        )
+
+
+class MeasuredCallback:
+    """An EventCallback that knows how long it took; only where measuring was asked for."""
+
+    def __init__(self, callback: EventCallback) -> None:
+        self._callback = callback
+        self._lock = threading.Lock()
+        self._total_ns = 0
+
+    def __call__(self, event: Any) -> None:
+        start = time.perf_counter_ns()
+        self._callback(event)
+        took = time.perf_counter_ns() - start
+        with self._lock:
+            self._total_ns += took
+
+    @property
+    def total_s(self) -> float:
+        return self._total_ns / 1e9
+
+
+def error_code(error: Optional[BaseException]) -> Optional[str]:
+    """dbt's numeric code; its base exceptions have a negative one that says nothing."""
+    code = getattr(error, "CODE", None)
+    return str(code) if isinstance(code, int) and code > 0 else None
+
+
+def struct_dict(struct: Any) -> Dict[str, Any]:
+    """A protobuf Struct as plain values; it has turned every int into a float, so back."""
+    return {key: _plain(value) for key, value in struct.fields.items()}
+
+
+def _plain(value: Any) -> Any:
+    kind = value.WhichOneof("kind")
+    if kind == "number_value":
+        number = value.number_value
+        return int(number) if number.is_integer() else number
+    if kind == "struct_value":
+        return struct_dict(value.struct_value)
+    if kind == "list_value":
+        return [_plain(item) for item in value.list_value.values]
+    return None if kind in (None, "null_value") else getattr(value, kind)
+
+
+def _moment(step: Any, field: str) -> Any:
+    return getattr(step, field).ToDatetime() if step.HasField(field) else None
+
+
+def _relation(relation: Any) -> Optional[Dict[str, Any]]:
+    name = relation.relation_name
+    if not name:  # ephemeral models, and tests that store nothing
+        return None
+    return {
+        "database": relation.database or None,
+        "schema": relation.schema or None,
+        "identifier": relation.alias or None,
+        "relation_name": name,
+    }
+
+
+def _batch_in_flight() -> Tuple[Any, Any]:
+    """Start and end of the batch whose result line is being printed: no event has them."""
+    frame: Any = sys._getframe(1)  # noqa: SLF001 - the documented way to a caller's locals
+    for _ in range(15):
+        frame = frame.f_back
+        if frame is None:
+            break
+        batches = getattr(frame.f_locals.get("self"), "batches", None)
+        if batches:
+            start, end = batches[frame.f_locals["self"].batch_idx]
+            return start, end
+    return None, None

@@ -1,0 +1,221 @@
+"""One dbt child: start it, read its frames, stop it, say how it ended.
+
+The other side is `dbt_child/`, started by path in the project's interpreter, in a session of
+its own. Frames come over a pipe that only we and the child hold; stdout and stderr are text,
+of which the last bytes are kept and nothing is parsed. Control is lines on the child's stdin;
+closing it (or dying) tells the child to cancel dbt.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from dbtstream.errors import ChildCrashed, ChildNotStarted, EngineRefused, HandshakeTimeout
+from dbtstream.frames import (
+    CONTROL_CANCEL,
+    LENGTH_BYTES,
+    AnyFrame,
+    Cancelling,
+    Hello,
+    Refused,
+    Start,
+    decode_frame,
+    frame_length,
+)
+
+CHILD = Path(__file__).parent / "dbt_child"
+TAIL_BYTES = 64 * 1024
+PIPE_BUFFER_BYTES = 1024 * 1024
+EXIT_S = 30.0
+"""After its last frame the child only has to leave; longer than this and it is killed."""
+
+_NO_OOM_COUNTER = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How the process left. `code` is negative for a signal, as in subprocess."""
+
+    code: int
+    oom: bool
+    output_tail: str
+
+
+class DbtProcess:
+    """A running child. Make it with `DbtProcess.start`; always `close` it."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        frames: asyncio.StreamReader,
+        pipe: asyncio.BaseTransport,
+    ) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._frames = frames
+        self._pipe = pipe
+        self._tail: deque[bytes] = deque()
+        self._tail_bytes = 0
+        self._drain = asyncio.create_task(self._drain_output(), name=f"output of {process.pid}")
+        self._oom_kills = _NO_OOM_COUNTER
+
+    @classmethod
+    async def start(cls, python: str, start: Start, *, environment: dict[str, str]) -> "DbtProcess":
+        """Start the child and hand it its work. Raises ChildNotStarted."""
+        reading, writing = os.pipe()
+        frames = asyncio.StreamReader(limit=PIPE_BUFFER_BYTES)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                python,
+                str(CHILD),
+                "--fd",
+                str(writing),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                pass_fds=(writing,),
+                cwd=start.project_dir,
+                env=environment,
+                start_new_session=True,  # a Ctrl-C in our terminal is ours; and killpg works
+            )
+        except OSError as error:
+            os.close(reading)
+            raise ChildNotStarted(python, error.strerror or str(error)) from error
+        finally:
+            os.close(writing)
+        pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(frames), os.fdopen(reading, "rb", 0)
+        )
+        child = cls(process, frames, pipe)
+        child._oom_kills = await asyncio.to_thread(_oom_kills)
+        await child._tell(msgspec.json.encode(start) + b"\n")
+        return child
+
+    async def hello(self, *, timeout_s: float) -> Hello:
+        """The first frame. Raises HandshakeTimeout, EngineRefused, ChildCrashed."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                first = await self._next()
+                while isinstance(first, Cancelling):  # asked to stop while dbt was imported
+                    first = await self._next()
+        except TimeoutError:
+            raise HandshakeTimeout(timeout_s, self.output_tail) from None
+        match first:
+            case Hello():
+                return first
+            case Refused():
+                raise EngineRefused(first.code, first.message, first.engine)
+            case None:
+                exited = await self.wait(EXIT_S)
+                raise ChildCrashed(
+                    "ended before it was ready",
+                    exit_code=exited.code,
+                    stderr_tail=exited.output_tail,
+                )
+            case _:
+                raise ChildCrashed(f"began with {type(first).__name__} instead of Hello")
+
+    async def frames(self) -> AsyncIterator[AnyFrame]:
+        """Frames until the pipe ends. Raises ChildCrashed for anything that is not a frame.
+
+        An end without a Result is not judged here: `normalizer` knows what was missing.
+        """
+        while (frame := await self._next()) is not None:
+            yield frame
+
+    async def cancel(self) -> None:
+        """Ask for KeyboardInterrupt in dbt's main thread. Safe to call when it has gone."""
+        await self._tell(CONTROL_CANCEL)
+
+    def terminate(self) -> None:
+        """SIGTERM to the child: once more a clean cancel, by another road."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to the child's process group: itself and whatever it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    async def wait(self, timeout_s: float | None = None) -> Exit:
+        """How it ended; killed if it has not within `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                code = await self._process.wait()
+        except TimeoutError:
+            self.kill()
+            code = await self._process.wait()
+        # Its own children may hold the output open; they are not waited for.
+        self.kill()
+        await asyncio.wait({self._drain}, timeout=1.0)
+        oom_kills = await asyncio.to_thread(_oom_kills)
+        return Exit(
+            code=code,
+            oom=code == -signal.SIGKILL and self._oom_kills not in (_NO_OOM_COUNTER, oom_kills),
+            output_tail=self.output_tail,
+        )
+
+    async def close(self) -> None:
+        """Nothing of the child is left afterwards. Safe to call twice."""
+        self.kill()
+        await self._process.wait()
+        self._drain.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._drain
+        self._pipe.close()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    @property
+    def output_tail(self) -> str:
+        """The end of stdout and stderr, unscrubbed."""
+        return b"".join(self._tail)[-TAIL_BYTES:].decode("utf-8", "replace")
+
+    async def _next(self) -> AnyFrame | None:
+        head = await self._read(LENGTH_BYTES)
+        if head is None:
+            return None
+        body = await self._read(frame_length(head))
+        if body is None:
+            raise ChildCrashed("stopped in the middle of a frame")
+        return decode_frame(body)
+
+    async def _read(self, count: int) -> bytes | None:
+        try:
+            return await self._frames.readexactly(count)
+        except asyncio.IncompleteReadError as error:
+            if error.partial:
+                raise ChildCrashed("stopped in the middle of a frame") from None
+            return None
+
+    async def _tell(self, line: bytes) -> None:
+        assert self._process.stdin is not None  # noqa: S101 - PIPE was asked for
+        with contextlib.suppress(ConnectionError, RuntimeError):
+            self._process.stdin.write(line)
+            await self._process.stdin.drain()
+
+    async def _drain_output(self) -> None:
+        """Keep reading, whatever dbt prints: a full pipe would stop it."""
+        assert self._process.stdout is not None  # noqa: S101 - PIPE was asked for
+        while chunk := await self._process.stdout.read(65536):
+            self._tail.append(chunk)
+            self._tail_bytes += len(chunk)
+            while self._tail_bytes - len(self._tail[0]) >= TAIL_BYTES:
+                self._tail_bytes -= len(self._tail.popleft())
+
+
+def _oom_kills() -> int:
+    """How often the kernel killed for memory in our cgroup (v2) so far; -1 where unknown."""
+    try:
+        group = Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition("::")[2]
+        events = Path(f"/sys/fs/cgroup{group}/memory.events").read_text(encoding="ascii")
+        return int(dict(line.split() for line in events.splitlines())["oom_kill"])
+    except (OSError, KeyError, ValueError):
+        return _NO_OOM_COUNTER

@@ -1,0 +1,421 @@
+"""The command line: words in, one of `commands` called, one line for whatever goes wrong.
+
+Imports of the work are inside the functions: `dbtstream serve` must not carry rich, and
+`--help` should not carry NATS. Exit codes: dbt's own for `run`; 2 for a wrong word, 78 for a
+config that cannot be used, 130 after Ctrl-C, else 1.
+"""
+
+import asyncio
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dbtstream import __version__
+from dbtstream.cli_words import begin_of, pairs, project_and_args, variables
+from dbtstream.errors import ConfigError, DbtstreamError, RequestRejected
+
+if TYPE_CHECKING:
+    from dbtstream.config import Config, NatsConfig
+
+EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
+EXIT_INTERRUPTED = 130
+
+
+class Settings:
+    """The global options, and the config that they lead to."""
+
+    def __init__(self, config_path: str | None, url: str | None) -> None:
+        self._config_path = config_path
+        self._url = url
+
+    def config(self) -> "Config":
+        """Raises ConfigError."""
+        import msgspec
+
+        from dbtstream.config import find_config, load_config
+
+        config = load_config(find_config(self._config_path))
+        if self._url is None:
+            return config
+        nats = msgspec.structs.replace(config.nats, servers=tuple(self._url.split(",")))
+        return msgspec.structs.replace(config, nats=nats)
+
+    def nats(self) -> "NatsConfig":
+        """For commands that only need a connection: `--nats` alone asks for no valid config."""
+        from dbtstream.config import NatsConfig
+
+        if self._url is not None and self._config_path is None:
+            return NatsConfig(servers=tuple(self._url.split(",")))
+        return self.config().nats
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--config",
+    "config_path",
+    metavar="PATH",
+    help="The config. Else $DBTSTREAM_CONFIG, ./dbtstream.toml, /etc/dbtstream/dbtstream.toml.",
+)
+@click.option("--nats", "url", metavar="URL", help="The NATS server, such as nats://host:4222.")
+@click.version_option(__version__, prog_name="dbtstream")
+@click.pass_context
+def cli(context: click.Context, config_path: str | None, url: str | None) -> None:
+    """dbt Core as an event stream: ask for a run with one message, see every node's fate.
+
+    \b
+    See it work, with nothing installed but this:
+      dbtstream demo
+    \b
+    Run a dbt project that you have, and watch it:
+      dbtstream run --project-dir . -- build
+    \b
+    For good: a daemon beside your NATS server, and anybody who asks it for runs:
+      dbtstream serve
+      dbtstream run shop --target prod -- build --select orders+
+      dbtstream tail --project shop --status error
+    """
+    if context.invoked_subcommand != "serve":
+        from dbtstream.logs import configure_client_logging
+
+        configure_client_logging()
+    context.obj = Settings(config_path, url)
+
+
+@cli.command(short_help="The daemon: take run requests, run dbt, publish events.")
+@click.pass_obj
+def serve(settings: Settings, /) -> int:
+    """Run the daemon: take run requests from NATS, run dbt, publish what happens.
+
+    It needs a config that names its projects. SIGTERM or Ctrl-C drains: no new run begins,
+    running ones may go on for worker.drain_timeout_s. A second one cancels them.
+
+    \b
+    Example:
+      dbtstream --config /etc/dbtstream/dbtstream.toml serve
+    """
+    from dbtstream import commands
+    from dbtstream.logs import configure_logging
+
+    config = settings.config()
+    configure_logging(config.log)
+    return _run(commands.serve(config))
+
+
+@cli.command(short_help="Run dbt and watch it; exits with dbt's exit code.")
+@click.argument("words", metavar="[PROJECT] -- ARGS...", nargs=-1, type=click.UNPROCESSED)
+@click.option("--target", metavar="NAME", help="The dbt target. Default: the project's first.")
+@click.option("--var", "single_vars", metavar="KEY=VALUE", multiple=True, help="One dbt variable.")
+@click.option("--vars", "json_vars", metavar="JSON", help="dbt variables as a JSON object.")
+@click.option("--label", "labels", metavar="KEY=VALUE", multiple=True, help="Goes on every event.")
+@click.option("--request-id", metavar="ID", help="The same one twice is one run.")
+@click.option("--reason", metavar="TEXT", help="Why, for those who look at the run later.")
+@click.option("--timeout", "timeout_s", metavar="SECONDS", type=float, help="Cancel it then.")
+@click.option("--detach", is_flag=True, help="Print the run id and do not wait.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON event per line.")
+@click.option("--plain", is_flag=True, help="One line of text per event, no live view.")
+@click.option(
+    "--project-dir",
+    metavar="PATH",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Run this folder's project here and now: no daemon, no NATS server, no config.",
+)
+@click.option(
+    "--profiles-dir",
+    metavar="PATH",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="With --project-dir: where profiles.yml is, if not where dbt looks.",
+)
+@click.option(
+    "--python",
+    metavar="PATH",
+    help="With --project-dir: the interpreter that has dbt and the adapter. Default: this one.",
+)
+@click.pass_obj
+def run(
+    settings: Settings,
+    /,
+    words: tuple[str, ...],
+    project_dir: Path | None,
+    profiles_dir: Path | None,
+    python: str | None,
+    detach: bool,
+    as_json: bool,
+    plain: bool,
+    **asked: Any,
+) -> int:
+    """Run dbt and watch it; exits with dbt's exit code.
+
+    PROJECT is a name in the daemon's config. ARGS are dbt's own words after the two dashes.
+    Ctrl-C cancels the run and waits for its end; a second Ctrl-C leaves.
+
+    \b
+    Examples:
+      dbtstream run shop -- build --select orders+
+      dbtstream run shop --target prod --var day=2024-05-01 --detach -- run
+      dbtstream run --project-dir ~/shop -- build
+    """
+    from dbtstream import commands
+
+    if project_dir is None and (profiles_dir or python):
+        raise click.UsageError("--profiles-dir and --python need --project-dir")
+    if project_dir is not None and detach:
+        raise click.UsageError("--detach needs a daemon; leave out --project-dir")
+    project, args = project_and_args(words, local=project_dir is not None)
+    submission = commands.Submission(
+        project=project,
+        args=args,
+        target=asked["target"],
+        vars=variables(asked["single_vars"], asked["json_vars"]),
+        labels=pairs("--label", asked["labels"]),
+        request_id=asked["request_id"],
+        timeout_s=asked["timeout_s"],
+        reason=asked["reason"],
+    )
+    output = commands.Output(as_json=as_json, plain=plain)
+    if project_dir is not None:
+        return _run(
+            commands.run_folder(
+                project_dir, submission, output, profiles_dir=profiles_dir, python=python
+            )
+        )
+    return _run(commands.run(settings.nats(), submission, output, detach=detach))
+
+
+@cli.command(short_help="Print events as they happen, or from a time on.")
+@click.option("--project", metavar="NAME", multiple=True, help="Only of this project.")
+@click.option("--target", metavar="NAME", multiple=True, help="Only of this target.")
+@click.option("--family", metavar="WORD", multiple=True, help="run, node, batch, log, query, …")
+@click.option(
+    "--kind", metavar="WORD", multiple=True, help="model, test, seed, …; a run's command."
+)
+@click.option("--name", metavar="NAME", multiple=True, help="Only of nodes with this name.")
+@click.option("--status", metavar="WORD", multiple=True, help="success, error, fail, started, …")
+@click.option("--since", metavar="WHEN", help="Begin so long ago (10m, 2h, 1d) or at a time.")
+@click.option("--run", metavar="RUN", help="All of one run, to its end: its id, or `last`.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON event per line.")
+@click.pass_obj
+def tail(
+    settings: Settings, /, since: str | None, run: str | None, as_json: bool, **filters: Any
+) -> int:
+    """Print events as they happen, from now on or from a time; one line each.
+
+    Each filter may be given more than once. Needs no daemon, only NATS.
+
+    \b
+    Examples:
+      dbtstream tail --family node --status error --status fail
+      dbtstream tail --project shop --since 2h
+      dbtstream tail --run last --json
+    """
+    from dbtstream import commands
+    from dbtstream.selection import Selection
+
+    wanted = Selection(**{key: commands.words(values) for key, values in filters.items()})
+    begin = begin_of(since) if since else None
+    return _run(
+        commands.tail(settings.nats(), wanted, since=begin, run=run, as_json=as_json),
+    )
+
+
+@cli.command(short_help="List runs that wait or run.")
+@click.option("--all", "everything", is_flag=True, help="Also runs that have ended.")
+@click.option("--project", metavar="NAME", help="Only of this project.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def ps(settings: Settings, /, everything: bool, project: str | None, as_json: bool) -> int:
+    """List runs that wait or run; with --all, also those that have ended.
+
+    \b
+    Example:
+      dbtstream ps --all --project shop
+    """
+    from dbtstream import commands
+
+    return _run(
+        commands.ps(settings.nats(), project=project, everything=everything, as_json=as_json)
+    )
+
+
+@cli.command(short_help="What is known of one run.")
+@click.argument("run", metavar="RUN")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def show(settings: Settings, /, run: str, as_json: bool) -> int:
+    """Show what is known of a run: its state, what failed and why, counts, times.
+
+    RUN is a run id, its first or last characters if they fit one run only, or `last`.
+
+    \b
+    Examples:
+      dbtstream show last
+      dbtstream show 0199f2c4-7a31-7c52-9d1f-8a1f0c3b2e4d
+    """
+    from dbtstream import commands
+
+    return _run(commands.show(settings.nats(), run, as_json=as_json))
+
+
+@cli.command(short_help="Cancel a run.")
+@click.argument("run", metavar="RUN")
+@click.option("--reason", metavar="TEXT", help="Why; it is in the run.cancel event.")
+@click.pass_obj
+def cancel(settings: Settings, /, run: str, reason: str | None) -> int:
+    """Cancel a run that waits or runs. dbt is interrupted, then made to stop.
+
+    \b
+    Example:
+      dbtstream cancel last --reason "wrong day"
+    """
+    from dbtstream import commands
+
+    return _run(commands.cancel(settings.nats(), run, reason=reason))
+
+
+@cli.command(short_help="Create or update the streams on the NATS server.")
+@click.pass_obj
+def setup(settings: Settings, /) -> int:
+    """Create the streams and buckets on the NATS server, or bring them up to date.
+
+    Needed once, by a NATS user with the permissions for it; `serve` does the same unless
+    streams.manage is false. Nothing is ever deleted.
+
+    \b
+    Example:
+      dbtstream --nats nats://admin:secret@host:4222 setup
+    """
+    from dbtstream import commands
+
+    config = settings.config()
+    return _run(commands.setup(config.nats, config))
+
+
+@cli.command(short_help="Look whether all that `serve` needs is there.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def check(settings: Settings, /, as_json: bool) -> int:
+    """Look whether everything that `serve` needs is there, and say how to mend what is not.
+
+    The config, NATS, JetStream and its limits, the streams; for each project its
+    interpreter, its dbt, its profile and targets. Connects to no warehouse. Exit code 0 if
+    all is well, else 1.
+
+    \b
+    Example:
+      dbtstream --config dbtstream.toml check
+    """
+    from dbtstream import commands
+
+    return _run(commands.check(settings.config(), as_json=as_json))
+
+
+@cli.command(short_help="Print, write or compare the JSON Schemas.")
+@click.option(
+    "--output",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write them there.",
+)
+@click.option(
+    "--check",
+    "compare",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Say where the files there differ from what this version writes; exit code 1 if so.",
+)
+def schema(output: Path | None, compare: Path | None) -> int:
+    """Print the JSON Schemas of all messages and events, or write them to a folder.
+
+    \b
+    Example:
+      dbtstream schema --output schemas
+    """
+    from dbtstream import commands
+
+    return commands.schema(output=output, compare=compare)
+
+
+@cli.command(short_help="A sample project, from request to events.")
+@click.option("--keep", is_flag=True, help="Leave server and daemon running until Ctrl-C.")
+@click.option("--port", type=int, metavar="PORT", help="Of the NATS server. Default: a free one.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON event per line.")
+@click.option("--plain", is_flag=True, help="One line of text per event, no live view.")
+def demo(keep: bool, port: int | None, as_json: bool, plain: bool) -> int:
+    """Show the whole thing on a sample project: NATS, daemon, a dbt build, its events.
+
+    Everything is in a temporary folder and gone afterwards. Exits with dbt's exit code.
+
+    \b
+    Examples:
+      dbtstream demo
+      dbtstream demo --keep --port 4333
+    """
+    from dbtstream import commands
+
+    return _run(
+        commands.demo(keep=keep, port=port, output=commands.Output(as_json=as_json, plain=plain))
+    )
+
+
+# -- running ---------------------------------------------------------------------------------
+
+
+def _run(work: Coroutine[Any, Any, int]) -> int:
+    import uvloop
+
+    return uvloop.run(work)
+
+
+def main() -> None:
+    """The `dbtstream` command."""
+    sys.exit(_main(sys.argv[1:]))
+
+
+def _main(argv: list[str]) -> int:
+    try:
+        code = cli.main(argv, prog_name="dbtstream", standalone_mode=False)
+    except click.exceptions.Exit as left:
+        return left.exit_code
+    except click.ClickException as error:
+        error.show()
+        if isinstance(error, click.NoSuchOption) and argv[:1] != ["--"] and "run" in argv:
+            click.echo(
+                "dbt's own options go after two dashes: run shop -- build --select x", err=True
+            )
+        return error.exit_code
+    except (KeyboardInterrupt, asyncio.CancelledError, click.Abort):
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        from dbtstream.commands import leave_quietly
+
+        leave_quietly()
+        return 0
+    except (DbtstreamError, BaseExceptionGroup) as error:
+        return _explained(error)
+    return code if isinstance(code, int) else 0
+
+
+def _explained(error: BaseException) -> int:
+    """One line for an error of ours; anything else is a bug and keeps its traceback."""
+    ours = _first_of_ours(error)
+    if ours is None:
+        raise error
+    click.echo(f"dbtstream: {ours}", err=True)
+    if isinstance(ours, ConfigError):
+        return EXIT_CONFIG
+    if isinstance(ours, RequestRejected):
+        from dbtstream.follow import exit_code_of_rejection
+
+        return exit_code_of_rejection(ours.code)
+    return 1
+
+
+def _first_of_ours(error: BaseException) -> DbtstreamError | None:
+    """Task groups bundle what went wrong in several tasks; the first one is the cause."""
+    if isinstance(error, DbtstreamError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        return next(filter(None, map(_first_of_ours, error.exceptions)), None)
+    return None

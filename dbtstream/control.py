@@ -1,0 +1,355 @@
+"""The control service: submit, cancel, get, list, as a NATS micro service.
+
+Any worker answers (queue group); `nats micro ls` finds it. Payloads are `messages`. A cancel
+reaches the worker that runs the run by a broadcast that only that worker answers, so a
+caller needs to know no worker's name. Handlers of one endpoint run one after another
+(nats-py), so none of them waits long.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from datetime import UTC, datetime
+from typing import Self
+
+import msgspec
+import nats.errors
+import nats.js.errors
+import nats.micro
+from nats.aio.msg import Msg
+from nats.micro.request import Request
+from nats.micro.service import EndpointConfig, Service, ServiceConfig
+
+import dbtstream
+from dbtstream.config import Config
+from dbtstream.consumer import durable_name
+from dbtstream.errors import DbtstreamError, NatsError, NatsUnavailable, RequestRejected
+from dbtstream.execution import Services
+from dbtstream.messages import (
+    CancelAccepted,
+    CancelRequest,
+    ControlError,
+    GetRequest,
+    ListRequest,
+    RejectCode,
+    Reply,
+    RunAccepted,
+    RunList,
+    RunRejected,
+    RunView,
+    decode_reply,
+    decode_submit,
+    encode,
+)
+from dbtstream.nats_link import NatsLink
+from dbtstream.policy import check_args
+from dbtstream.recovery import finish_unstarted
+from dbtstream.statuses import RunStatus
+from dbtstream.store import RevisionConflict
+from dbtstream.subjects import (
+    CONTROL,
+    CONTROL_CANCEL,
+    CONTROL_OWNS,
+    H_MSG_ID,
+    H_RUN_ID,
+    H_TRACEPARENT,
+    H_TRACESTATE,
+    RUNS,
+    RUNS_STREAM,
+    new_run_id,
+    runs_subject,
+)
+from dbtstream.worker import Worker, refuse_what_is_not_built
+
+logger = logging.getLogger(__name__)
+
+MAX_LIST = 500
+OWNER_ANSWERS_S = 2.0
+
+Handler = Callable[[bytes, dict[str, str]], Awaitable[Reply]]
+
+
+class Control:
+    """The service of one daemon. Use as an async context manager."""
+
+    def __init__(self, config: Config, link: NatsLink, services: Services, worker: Worker) -> None:
+        self._config = config
+        self._link = link
+        self._store = services.store
+        self._services = services
+        self._worker = worker
+        self._generation = -1
+        self._service: Service | None = None
+        self._undo: Callable[[], None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        await self._register()
+        self._undo = self._link.on_reconnect(self._reconnected)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._undo is not None:
+            self._undo()
+        for task in self._tasks:
+            task.cancel()
+        if self._service is not None:
+            try:
+                async with asyncio.timeout(OWNER_ANSWERS_S):
+                    await self._service.stop()
+            except (nats.errors.Error, TimeoutError):
+                logger.info("control service not signed off", extra={"action": "control.stop"})
+
+    def _reconnected(self) -> None:
+        """A rebuilt client has no subscriptions; a reconnected one still has its own."""
+        if self._link.generation != self._generation:
+            self._spawn(self._register())
+
+    async def _register(self) -> None:
+        self._generation = self._link.generation
+        with self._link.translated("starting the control service"):
+            service = await nats.micro.add_service(
+                self._link.client,
+                ServiceConfig(
+                    name="dbtstream",
+                    version=dbtstream.__version__,
+                    description="run dbt: submit, cancel, get, list",
+                    metadata={
+                        "worker": self._config.worker_name,
+                        "projects": ",".join(self._config.projects),
+                    },
+                ),
+            )
+            handlers: dict[str, Handler] = {
+                "submit": self._submit,
+                "cancel": self._cancel,
+                "get": self._get,
+                "list": self._list,
+            }
+            for verb, handler in handlers.items():
+                await service.add_endpoint(
+                    EndpointConfig(
+                        name=verb,
+                        subject=f"{CONTROL}.{verb}",
+                        handler=self._answering(f"{CONTROL}.{verb}", handler),
+                    )
+                )
+            await self._link.client.subscribe(CONTROL_CANCEL, cb=self._cancel_here)
+            await self._link.client.subscribe(CONTROL_OWNS, cb=self._owns)
+            # A round trip behind the subscriptions: from here on they are the server's, too
+            # (nats-py's own flush may overtake what it has buffered).
+            await self._link.js.stream_info(RUNS_STREAM)
+            self._service = service
+
+    def _answering(self, subject: str, handler: Handler) -> Callable[[Request], Awaitable[None]]:
+        """Whatever comes in, one of our replies goes out."""
+
+        async def answer(request: Request) -> None:
+            # Whoever may create consumers can have stream messages delivered to any subject;
+            # those carry their own subject and an ack reply (facts of NATS permissions).
+            if request.subject != subject:
+                return
+            try:
+                reply = await handler(request.data, dict(request.headers or {}))
+            except RequestRejected as rejected:
+                reply = RunRejected(
+                    code=rejected.code, message=rejected.message, field=rejected.field
+                )
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                reply = ControlError(code="bad_message", message=str(error))
+            except NatsError as error:
+                reply = ControlError(code="unavailable", message=str(error))
+            await request.respond(encode(reply))
+
+        return answer
+
+    async def _submit(self, data: bytes, headers: dict[str, str]) -> Reply:
+        submit = decode_submit(data)
+        request = submit.request
+        target = submit.target or self._default_target(submit.project)
+        await self._check_served(submit.project, target)
+        refuse_what_is_not_built(request)
+        project = self._config.projects.get(submit.project)
+        if project is not None:
+            check_args(request.args, project)
+        request_id = request.request_id or headers.get(H_MSG_ID)
+        run_id = new_run_id(datetime.now(UTC))
+        if request_id is not None:
+            first = await self._store.remember_request(submit.project, target, request_id, run_id)
+            if first != run_id and await self._store.get_run(first) is not None:
+                return RunAccepted(
+                    run_id=first, project=submit.project, target=target, duplicate=True
+                )
+            run_id = first  # remembered, but its request may never have been stored
+        outgoing = {
+            name: headers[name] for name in (H_TRACEPARENT, H_TRACESTATE) if name in headers
+        }
+        outgoing |= {H_MSG_ID: request_id or run_id, H_RUN_ID: run_id}
+        ack = await self._link.publish(
+            runs_subject(submit.project, target), encode(request), outgoing
+        )
+        now = datetime.now(UTC)
+        view = RunView(
+            run_id=run_id,
+            project=submit.project,
+            target=target,
+            status=RunStatus.QUEUED,
+            request_id=request_id,
+            requested_by=request.requested_by,
+            reason=request.reason,
+            labels=request.labels,
+            request_seq=ack.seq,
+            queued_at=now,
+            updated_at=now,
+        )
+        with contextlib.suppress(RevisionConflict):  # a worker was quicker and wrote more
+            await self._store.create_run(view)
+        position = await self._waiting(submit.project, target)
+        return RunAccepted(
+            run_id=run_id, project=submit.project, target=target, position=max(0, position - 1)
+        )
+
+    async def _cancel(self, data: bytes, _: dict[str, str]) -> Reply:
+        cancel = msgspec.json.decode(data, type=CancelRequest)
+        stored = await self._store.get_run(cancel.run_id)
+        if stored is None:
+            return _not_found(cancel.run_id)
+        view, revision = stored
+        if view.status.is_terminal:
+            return CancelAccepted(run_id=view.run_id, status=view.status)
+        if view.attempt == 0 and await self._take_from_queue(view):
+            await finish_unstarted(
+                self._services, view, revision, by=cancel.by or "control", reason=cancel.reason
+            )
+            return CancelAccepted(run_id=view.run_id, status=RunStatus.QUEUED)
+        try:
+            answer = await self._link.request(CONTROL_CANCEL, data, timeout_s=OWNER_ANSWERS_S)
+        except NatsUnavailable:
+            return ControlError(
+                code="unavailable",
+                message=f"worker {view.worker}, which runs {view.run_id}, does not answer",
+            )
+        return decode_reply(answer.data)
+
+    async def _cancel_here(self, message: Msg) -> None:
+        """The broadcast: answered only by the worker that runs the run."""
+        if message.subject != CONTROL_CANCEL or message.reply.startswith("$JS"):
+            return
+        try:
+            cancel = msgspec.json.decode(message.data, type=CancelRequest)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return
+        execution = self._worker.executions.get(cancel.run_id)
+        if execution is not None and self._worker.cancel(
+            cancel.run_id, by=cancel.by or "control", text=cancel.reason
+        ):
+            await message.respond(
+                encode(CancelAccepted(run_id=cancel.run_id, status=execution.status))
+            )
+
+    async def _owns(self, message: Msg) -> None:
+        """A worker that was handed a run of ours asks whether we are still at it."""
+        if message.subject != CONTROL_OWNS or message.reply.startswith("$JS"):
+            return
+        if message.data.decode("ascii", "replace") in self._worker.executions:
+            await message.respond(self._config.worker_name.encode())
+
+    async def _get(self, data: bytes, _: dict[str, str]) -> Reply:
+        get = msgspec.json.decode(data, type=GetRequest)
+        stored = await self._store.get_run(get.run_id)
+        return stored[0] if stored else _not_found(get.run_id)
+
+    async def _list(self, data: bytes, _: dict[str, str]) -> Reply:
+        wanted = msgspec.json.decode(data or b"{}", type=ListRequest)
+        runs = await self._store.list_runs(
+            project=wanted.project,
+            target=wanted.target,
+            active=wanted.active,
+            limit=max(1, min(wanted.limit, MAX_LIST)),
+        )
+        return RunList(runs=runs, waiting=await self._all_waiting())
+
+    def _default_target(self, project: str) -> str:
+        if (known := self._config.projects.get(project)) is None:
+            raise RequestRejected(
+                RejectCode.UNKNOWN_PROJECT,
+                f"this worker serves {', '.join(self._config.projects) or 'no project'}, not "
+                f"{project}; if another one does, name the target",
+                "project",
+            )
+        return known.targets[0]
+
+    async def _check_served(self, project: str, target: str) -> None:
+        """By this worker's config, or by another worker's consumer."""
+        known = self._config.projects.get(project)
+        if known is not None and target in known.targets:
+            return
+        subject = runs_subject(project, target)
+        with self._link.translated(f"looking for a worker of {subject}"):
+            try:
+                await self._link.js.consumer_info(RUNS_STREAM, durable_name(subject))
+            except nats.js.errors.NotFoundError:
+                pass
+            else:
+                return
+        if known is not None:
+            raise RequestRejected(
+                RejectCode.UNKNOWN_TARGET,
+                f"project {project} has no target {target}; it has {', '.join(known.targets)}",
+                "target",
+            )
+        raise RequestRejected(
+            RejectCode.UNKNOWN_PROJECT,
+            f"no worker serves project {project}; this one serves "
+            f"{', '.join(self._config.projects) or 'none'}",
+            "project",
+        )
+
+    async def _waiting(self, project: str, target: str) -> int:
+        """Requests of one target in the queue, the running one included."""
+        subject = runs_subject(project, target)
+        with self._link.translated("counting requests"):
+            info = await self._link.js.stream_info(RUNS_STREAM, subjects_filter=subject)
+        return (info.state.subjects or {}).get(subject, 0)
+
+    async def _all_waiting(self) -> dict[str, int]:
+        """Requests that no worker has been handed yet."""
+        with self._link.translated("counting requests"):
+            info = await self._link.js.stream_info(RUNS_STREAM, subjects_filter=f"{RUNS}.>")
+            counts = dict(info.state.subjects or {})
+            for subject in counts:
+                # Where nobody has a consumer, all of them wait: see `unknown_subjects`.
+                with contextlib.suppress(nats.js.errors.NotFoundError):
+                    consumer = await self._link.js.consumer_info(RUNS_STREAM, durable_name(subject))
+                    counts[subject] = consumer.num_pending or 0
+        return {
+            subject.removeprefix(f"{RUNS}."): count for subject, count in counts.items() if count
+        }
+
+    async def _take_from_queue(self, view: RunView) -> bool:
+        """Whether the request was still waiting and is now gone."""
+        if view.request_seq is None:
+            return False
+        with self._link.translated("removing a waiting request"):
+            try:
+                return bool(await self._link.js.delete_msg(RUNS_STREAM, view.request_seq))
+            except nats.js.errors.NotFoundError:
+                return False
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work, name="control service")
+        self._tasks.add(task)
+        task.add_done_callback(self._spawned_done)
+
+    def _spawned_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and isinstance(task.exception(), DbtstreamError):
+            logger.error(
+                "control service not restarted",
+                extra={"action": "control.failed", "error": str(task.exception())},
+            )
+
+
+def _not_found(run_id: str) -> ControlError:
+    return ControlError(code="not_found", message=f"no run {run_id} is known")

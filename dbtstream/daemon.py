@@ -1,0 +1,232 @@
+"""The life of a worker process: start, run, drain, stop, in the order in which they happen.
+
+    start   connect, create streams, publish what a predecessor left, open for requests
+    run     until somebody asks for a stop or a part of the daemon dies
+    drain   no new request; running dbt may go on for `drain_timeout_s`, then it is cancelled
+    stop    control signs off, states and events are written, connections close
+
+SIGTERM and SIGINT ask for the drain; a second one cancels at once, a third one leaves.
+"""
+
+import asyncio
+import fcntl
+import logging
+import signal
+from typing import BinaryIO
+
+import dbtstream
+from dbtstream.config import Config
+from dbtstream.control import Control
+from dbtstream.errors import ConfigError, NatsRefused
+from dbtstream.execution import Services
+from dbtstream.nats_link import NatsLink
+from dbtstream.outbox import Outbox
+from dbtstream.publishers.jetstream import JetStreamPublisher
+from dbtstream.store import NodeStates, Store
+from dbtstream.streams import check_streams, ensure_streams
+from dbtstream.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+LEFTOVERS_S = 60.0
+"""How long a start waits for a predecessor's events; what is left then goes on beside the work."""
+
+CLOSE_S = 10.0
+"""What the last writes may take when the runs are over."""
+
+
+class Daemon:
+    """One worker process. `run` once; `stop` at any time and as often as one likes."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.worker: Worker | None = None
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stop_asked = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._leave = asyncio.Event()
+
+    async def run(self) -> None:
+        """Raises NatsRefused when NATS cannot be used, ConfigError when the config cannot."""
+        logger.info(
+            "starting",
+            extra={
+                "action": "daemon.start",
+                "version": dbtstream.__version__,
+                "worker": self.config.worker_name,
+                "projects": sorted(self.config.projects),
+                "config": self.config.source,
+            },
+        )
+        nats = self.config.nats
+        try:
+            async with (
+                NatsLink(nats, name=f"dbtstream {self.config.worker_name} queue") as queue,
+                NatsLink(nats, name=f"dbtstream {self.config.worker_name} events") as events,
+            ):
+                if await self._connected(queue, events):
+                    await self._serve(queue, events)
+        except BaseException as error:
+            if not self._ready.done():
+                self._ready.set_exception(error)
+                self._ready.exception()  # whoever waits for it gets it; nobody has to
+            raise
+        logger.info("stopped", extra={"action": "daemon.stopped"})
+
+    async def ready(self) -> None:
+        """Until requests are served. Raises what made the start fail."""
+        await asyncio.shield(self._ready)
+
+    def stop(self) -> None:
+        """Drain; the second time, cancel what runs; the third time, leave it."""
+        step = next(
+            (e for e in (self._stop_asked, self._hurry, self._leave) if not e.is_set()), None
+        )
+        if step is not None:
+            step.set()
+
+    def install_signal_handlers(self, loop: asyncio.AbstractEventLoop) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+
+    # In the order of a life.
+
+    async def _connected(self, queue: NatsLink, events: NatsLink) -> bool:
+        """Wait for NATS as long as it takes; False when we are stopped meanwhile."""
+        stopped = asyncio.ensure_future(self._stop_asked.wait())
+        try:
+            for link in (queue, events):
+                waiting = asyncio.ensure_future(link.wait_connected(None))
+                await asyncio.wait({waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                if not waiting.done():
+                    waiting.cancel()
+                    await asyncio.wait({waiting})
+                    return False
+                waiting.result()
+        finally:
+            stopped.cancel()
+        return True
+
+    async def _serve(self, queue: NatsLink, events: NatsLink) -> None:
+        with await asyncio.to_thread(own_state_dir, self.config):
+            await self._prepare_streams(queue)
+            await self._work(queue, events)
+
+    async def _work(self, queue: NatsLink, events: NatsLink) -> None:
+        store = Store(queue)
+        node_states = NodeStates(store)
+        services = Services(self.config, events, store, node_states)
+        worker = self.worker = Worker(self.config, queue, services)
+        async with asyncio.TaskGroup() as parts:
+            leftovers = parts.create_task(self._publish_leftovers(events), name="leftovers")
+            # A redelivered run is judged by its stored events: those must be out before.
+            await asyncio.wait({leftovers}, timeout=LEFTOVERS_S)
+            states = parts.create_task(node_states.run(), name="node states")
+            async with Control(self.config, queue, services, worker):
+                working = parts.create_task(worker.run(), name="worker")
+                self._ready.set_result(None)
+                logger.info("serving", extra={"action": "daemon.ready"})
+                await self._until_stop(working)
+                await self._drain(worker, working)
+            node_states.close()
+            patience_s = 0.0 if self._leave.is_set() else CLOSE_S
+            await asyncio.wait({states, leftovers}, timeout=patience_s)
+            states.cancel()
+            leftovers.cancel()
+
+    async def _prepare_streams(self, link: NatsLink) -> None:
+        if self.config.streams.manage:
+            for line in await ensure_streams(link, self.config.streams):
+                logger.debug("stream prepared", extra={"action": "daemon.streams", "line": line})
+        elif problems := await check_streams(link, self.config.streams):
+            raise NatsRefused(
+                "to serve", "; ".join(problems), "`dbtstream setup` creates what is missing"
+            )
+
+    async def _publish_leftovers(self, link: NatsLink) -> None:
+        """Events that a predecessor on this machine had on disk and not in JetStream."""
+        directory = self.config.state_dir / "outbox"
+        for outbox in await Outbox.recover(
+            directory, max_bytes=self.config.worker.outbox_max_bytes
+        ):
+            publisher = JetStreamPublisher(link, outbox)
+            outbox.close_input()
+            await publisher.run()
+            await outbox.remove()
+            logger.warning(
+                "published what a predecessor had left",
+                extra={
+                    "action": "daemon.leftovers",
+                    "run_id": outbox.run_id,
+                    "events": publisher.stats.sent,
+                },
+            )
+
+    async def _until_stop(self, working: asyncio.Task[None]) -> None:
+        stopped = asyncio.ensure_future(self._stop_asked.wait())
+        await asyncio.wait({stopped, working}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+
+    async def _drain(self, worker: Worker, working: asyncio.Task[None]) -> None:
+        """No new request; what runs may go on for a while, is then cancelled, is then left."""
+        worker.stop()
+        if worker.executions:
+            logger.info(
+                "draining",
+                extra={
+                    "action": "daemon.drain",
+                    "running": sorted(worker.executions),
+                    "timeout_s": self.config.worker.drain_timeout_s,
+                },
+            )
+        limits = self.config.worker
+        if await self._done(working, self._hurry, limits.drain_timeout_s):
+            return
+        worker.cancel_all(by="shutdown")
+        ladder_s = limits.cancel_grace_s + limits.kill_grace_s + CLOSE_S
+        if await self._done(working, self._leave, ladder_s):
+            return
+        logger.error(
+            "left before all runs had ended; their events go out at the next start",
+            extra={"action": "daemon.left", "running": sorted(worker.executions)},
+        )
+        working.cancel()
+        await asyncio.wait({working}, timeout=CLOSE_S)
+
+    async def _done(
+        self, working: asyncio.Task[None], enough: asyncio.Event, timeout_s: float
+    ) -> bool:
+        impatient = asyncio.ensure_future(enough.wait())
+        await asyncio.wait(
+            {working, impatient}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        impatient.cancel()
+        return working.done()
+
+
+def own_state_dir(config: Config) -> BinaryIO:
+    """The state directory, made if need be and locked until the file is closed.
+
+    A second daemon on it would publish, and then delete, the first one's live outboxes.
+    Blocking. Raises ConfigError.
+    """
+    folder = config.state_dir
+    try:
+        # What dbt compiles and what it says is nobody else's business on this machine.
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        lock = (folder / "lock").open("wb")
+    except OSError as error:
+        raise ConfigError(
+            config.source, "worker.state_dir", f"{folder} cannot be used: {error.strerror}"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise ConfigError(
+            config.source,
+            "worker.state_dir",
+            f"another daemon works in {folder}",
+            "give each daemon of a machine a state_dir of its own",
+        ) from error
+    return lock

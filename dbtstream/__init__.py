@@ -12,8 +12,9 @@ Read `execution` first. A module imports only from the layers before its own:
     0 contracts      errors statuses events messages frames subjects config
     1 pure           runs policy scrub trace normalizer (endings envelope ledger node_events
                      dbt_values) schema
-    2 edges          nats_link streams selection event_stream consumer lease store run_state
-                     outbox publishers workspace dbt_process
+    2 edges          nats_link (nats_connection nats_auth nats_errors) streams selection
+                     event_stream consumer lease store (state_bucket) run_state outbox
+                     (outbox_file) publishers workspace dbt_process
     3 orchestration  execution worker rejection recovery unknown_subjects control
     4 composition    daemon embedded local_run client checks follow terminal screen tables
                      logs commands cli

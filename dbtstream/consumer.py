@@ -68,8 +68,12 @@ class RequestConsumer:
 
     async def _abandon(self, fetch: asyncio.Future[list[Msg]]) -> None:
         fetch.cancel()
-        with contextlib.suppress(asyncio.CancelledError, nats.errors.Error):
-            await fetch
+        await asyncio.wait({fetch})
+        if not fetch.cancelled() and fetch.exception() is None:
+            # It came in the same turn as the cancel, which asyncio.wait_for then swallows.
+            for message in fetch.result():
+                with contextlib.suppress(nats.errors.Error):
+                    await message.nak()
         await self.close()
 
     async def _subscription(self) -> JetStreamContext.PullSubscription:

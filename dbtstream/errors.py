@@ -12,7 +12,10 @@ DbtstreamError
 │       └── FrameTooLarge
 ├── NatsError              the broker's side; retried where the operation is idempotent
 │   ├── NatsUnavailable    no connection, or no answer in time
+│   │   └── NobodyListens  the subject has no responder now         (nats_errors)
 │   └── NatsRefused        the server said no (permissions, limits): retrying will not help
+│       ├── JetStreamRefused   with JetStream's error code          (nats_errors)
+│       └── RevisionConflict   a KV key has moved on                (state_bucket)
 ├── IllegalMove            a bug: a run was moved to a state that cannot follow
 └── RunNotFound            nothing is known of that run
 

@@ -59,12 +59,14 @@ class NatsLink(NatsConnection):
         limit_s = timeout_s or self._config.request_timeout_s
         operation = f"a message to {subject}"
         flight: Flight | None = None
+        task = asyncio.current_task()
+        cancels = task.cancelling() if task else 0
         try:
             async with asyncio.timeout(limit_s) as limit:
                 self._check_size(operation, payload, headers)
                 flight = Flight(subject, limit)
                 self._flights.add(flight)
-                return await self.client.request(
+                answer = await self.client.request(
                     subject, payload, timeout=limit_s, headers=dict(headers) if headers else None
                 )
         except TimeoutError:
@@ -74,6 +76,11 @@ class NatsLink(NatsConnection):
         finally:
             if flight is not None:
                 self._flights.discard(flight)
+        if task and task.cancelling() > cancels:
+            # nats-py waits with asyncio.wait_for, which before Python 3.12 swallows a cancel
+            # that comes in the same turn as the answer (cpython#86296).
+            raise asyncio.CancelledError
+        return answer
 
     async def publish(
         self,

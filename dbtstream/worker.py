@@ -137,7 +137,9 @@ class Worker:
             return fetch.result()
         fetch.cancel()
         await asyncio.wait({fetch})
-        return None
+        if fetch.cancelled() or fetch.exception() is not None:
+            return None
+        return fetch.result()  # it came in the same turn, and will be given back
 
     async def _handle(self, lease: RequestLease, name: str, target: str) -> None:
         """One delivered request, to its settlement."""

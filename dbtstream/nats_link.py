@@ -30,6 +30,8 @@ __all__ = ["JetStreamRefused", "NatsLink", "NobodyListens", "Outgoing", "backoff
 
 logger = logging.getLogger(__name__)
 
+SMALL_HEADERS_BYTES = 64 * 1024
+"""More than the headers of any message of ours come to."""
 BATCH_TIMEOUT_S = 10.0  # the server gives up a silent batch after so long
 
 
@@ -178,6 +180,8 @@ class NatsLink(NatsConnection):
     ) -> None:
         """nats-py 2.16 leaves out the headers, and the server ends the connection over them."""
         size = len(payload) + 16
+        if size + SMALL_HEADERS_BYTES < self.client.max_payload:
+            return  # adding up the headers of each small message would cost 10 us
         if headers:
             size += sum(len(key) + len(value.encode()) + 4 for key, value in headers.items())
         if size > (limit := self.client.max_payload):

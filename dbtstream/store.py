@@ -10,8 +10,11 @@ the run's back, since a run of ten thousand nodes must not wait for ten thousand
 """
 
 import asyncio
+import contextlib
+import itertools
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from datetime import datetime
 
 import msgspec
@@ -31,10 +34,9 @@ logger = logging.getLogger(__name__)
 RETRY_FOR_S = 30.0
 PAGE = 100  # runs read per request
 MAX_LISTED = 5000  # of the newest runs, how many a filtered list looks at
-IN_FLIGHT = 8
+BATCH_KEYS = 200  # node states written at once
+LINGER_S = 0.05
 MAX_MESSAGE_CHARS = 500
-
-_Key = tuple[str, str, str]
 
 _encoder = msgspec.json.Encoder()
 _run: msgspec.json.Decoder[RunView] = msgspec.json.Decoder(RunView)
@@ -129,9 +131,17 @@ class Store:
 
     # -- nodes -----------------------------------------------------------------------------
 
-    async def put_node(self, project: str, target: str, unique_id: str, state_json: bytes) -> None:
-        """The last write wins."""
-        await self._bucket.write(node_key(project, target, unique_id), state_json, None)
+    async def put_nodes(self, events: Sequence[NodeFinished]) -> None:
+        """The last states of up to BATCH_KEYS nodes of one project and target; the last write wins."""
+        keys = [_key(event) for event in events]
+        states = map(_node.decode, await self._bucket.read_many(keys))
+        before = {state.unique_id: state for state in states}
+        await self._bucket.write_many(
+            {
+                key: _encoder.encode(state_of(event, before.get(event.node.unique_id)))
+                for key, event in zip(keys, events, strict=True)
+            }
+        )
 
     async def get_node(self, project: str, target: str, unique_id: str) -> NodeState | None:
         value = await self._bucket.read(node_key(project, target, unique_id))
@@ -143,16 +153,15 @@ class NodeStates:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._waiting: dict[_Key, NodeFinished] = {}
-        self._busy: set[_Key] = set()
+        self._waiting: dict[str, NodeFinished] = {}
         self._wake = asyncio.Event()
-        self._closed = False
+        self._closed = asyncio.Event()
         self.counts: Counter[str] = Counter()
         """received, sent, dropped (a newer one came before it was written), failed."""
 
     def put(self, event: NodeFinished) -> None:
         """Never waits."""
-        key = (event.project, event.target, event.node.unique_id)
+        key = _key(event)
         self.counts["received"] += 1
         self.counts["dropped"] += key in self._waiting
         self._waiting[key] = event
@@ -160,44 +169,55 @@ class NodeStates:
 
     def close(self) -> None:
         """No more puts."""
-        self._closed = True
+        self._closed.set()
         self._wake.set()
 
     async def run(self) -> None:
         """Until `close()` was called and everything is written. May be cancelled."""
-        async with asyncio.TaskGroup() as group:
-            while not (self._closed and not self._waiting):
-                key = self._next_key()
-                if key is None:
-                    self._wake.clear()
-                    await self._wake.wait()
-                    continue
-                self._busy.add(key)
-                group.create_task(self._write(key, self._waiting.pop(key)), name="node state")
+        while not (self._closed.is_set() and not self._waiting):
+            if not self._waiting:
+                self._wake.clear()
+                await self._wake.wait()
+            await self._linger()
+            # One write at a time: two of one node in flight could end in the wrong order.
+            target, chunk = self._next_chunk()
+            if chunk:
+                await self._write(target, chunk)
 
-    def _next_key(self) -> _Key | None:
-        """One whose earlier state is not on its way: two writes of a node keep their order."""
-        if len(self._busy) >= IN_FLIGHT:
-            return None
-        return next((key for key in self._waiting if key not in self._busy), None)
+    async def _linger(self) -> None:
+        """More may come in a moment, and many at once cost little more than one."""
+        if len(self._waiting) < BATCH_KEYS and not self._closed.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_S):
+                    await self._closed.wait()
 
-    async def _write(self, key: _Key, event: NodeFinished) -> None:
+    def _next_chunk(self) -> tuple[str, dict[str, NodeFinished]]:
+        """The oldest that wait, of one project and target: there unique_ids are unique."""
+        first = next(iter(self._waiting.values()), None)
+        if first is None:
+            return "", {}
+        target = node_key(first.project, first.target, "")
+        of_target = (key for key in self._waiting if key.startswith(target))
+        keys = list(itertools.islice(of_target, BATCH_KEYS))
+        return target, {key: self._waiting.pop(key) for key in keys}
+
+    async def _write(self, target: str, chunk: dict[str, NodeFinished]) -> None:
         try:
-            before = await self._store.get_node(*key)
-            await self._store.put_node(*key, _encoder.encode(state_of(event, before)))
-            self.counts["sent"] += 1
+            await self._store.put_nodes(list(chunk.values()))
+            self.counts["sent"] += len(chunk)
         except NatsUnavailable:
-            self._waiting.setdefault(key, event)
+            self._waiting = chunk | self._waiting
         except NatsRefused:
-            self.counts["failed"] += 1
-            if self.counts["failed"] == 1:
+            self.counts["failed"] += len(chunk)
+            if self.counts["failed"] == len(chunk):
                 logger.exception(
                     "states of nodes cannot be written",
-                    extra={"action": "node_states.failed", "key": key},
+                    extra={"action": "node_states.failed", "keys": target},
                 )
-        finally:
-            self._busy.discard(key)
-            self._wake.set()
+
+
+def _key(event: NodeFinished) -> str:
+    return node_key(event.project, event.target, event.node.unique_id)
 
 
 def state_of(event: NodeFinished, before: NodeState | None) -> NodeState:

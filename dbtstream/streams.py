@@ -109,7 +109,12 @@ def wanted_streams(config: StreamsConfig) -> list[Wanted]:
         ),
         Wanted(
             f"KV_{STATE_BUCKET}",
-            {**kv, "subjects": [f"$KV.{STATE_BUCKET}.>"], "allow_direct": True},
+            {
+                **kv,
+                "subjects": [f"$KV.{STATE_BUCKET}.>"],
+                "allow_direct": True,
+                "allow_atomic": True,  # node states are written many at once
+            },
             {"max_age": _ns(config.state_max_age_s), **replicas},
         ),
         Wanted(

@@ -182,15 +182,22 @@ async def test_only_the_newest_state_of_a_node_is_written_and_it_knows_the_run_b
     assert (await kv.get(key)).revision == 3  # three writes for four events
 
 
-async def test_a_newer_state_waits_until_the_older_one_of_its_node_is_written(
-    store: Store,
-) -> None:
-    """Two writes of one key in flight could end in the wrong order over a reconnect."""
+async def test_many_states_of_several_targets_are_written_in_batches(store: Store) -> None:
+    """The same unique_id in two targets is two nodes."""
     states = NodeStates(store)
-    states.put(finished("m"))
-    states.put(finished("other"))
-    states._busy.add(("shop", "prod", "model.shop.m"))
-    assert states._next_key() == ("shop", "prod", "model.shop.other")
+    for n in range(450):
+        states.put(finished(f"m{n}", seq=n))
+        states.put(msgspec.structs.replace(finished(f"m{n}", NodeStatus.ERROR), target="dev"))
+    states.close()
+    async with asyncio.timeout(60):
+        await states.run()
+    for n in (0, 199, 200, 449):
+        prod = await store.get_node("shop", "prod", f"model.shop.m{n}")
+        dev = await store.get_node("shop", "dev", f"model.shop.m{n}")
+        assert prod is not None
+        assert dev is not None
+        assert (prod.status, prod.seq, dev.status) == (NodeStatus.SUCCESS, n, NodeStatus.ERROR)
+    assert states.counts["sent"] == 900
 
 
 async def test_states_survive_a_restart_of_the_server(

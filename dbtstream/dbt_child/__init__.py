@@ -9,6 +9,8 @@ syntax floor Python 3.8 (dbt 1.8). `__main__` loads this folder as the package
     control     the parent's lines on stdin, deadlines, its death
     stop        how dbt is interrupted, so that it really stops
     callback    dbt's events -> frames, on dbt's own threads
+    event_names which events are log lines
+    readers     values out of dbt's messages
     plan        what dbt has selected, from the live task
     results     what invoke returned -> frames
     channel     the queue and the one thread that writes frames

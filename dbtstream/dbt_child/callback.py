@@ -18,92 +18,13 @@ import time
 import traceback
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
+from .event_names import LEVELS, NO_LEVEL, OUTPUT, QUIET, TOLD
 from .plan import plan_frames, task_in_flight
+from .readers import batch_in_flight, error_code, moment, relation_dict, struct_dict
 from .stop import Stop
 
 Emit = Callable[[Dict[str, Any]], None]
 Handler = Callable[[Any], None]
-
-LEVELS = {"debug": 10, "test": 10, "info": 20, "warn": 30, "error": 40}
-NO_LEVEL = 20
-
-QUIET = frozenset(
-    {
-        "AdapterEventDebugMsg",
-        "CacheActionMsg",
-        "CacheDumpGraphMsg",
-        "CacheMissMsg",
-        "CodeExecutionMsg",
-        "CodeExecutionStatusMsg",
-        "ColTypeChangeMsg",
-        "ConnectionClosedMsg",
-        "ConnectionClosedInCleanupMsg",
-        "ConnectionLeftOpenMsg",
-        "ConnectionLeftOpenInCleanupMsg",
-        "ConnectionReusedMsg",
-        "ConnectionUsedMsg",
-        "FormattingMsg",
-        "JinjaLogDebugMsg",
-        "ListRelationsMsg",
-        "MainReportArgsMsg",
-        "MicrobatchExecutionDebugMsg",
-        "NewConnectionMsg",
-        "NewConnectionOpeningMsg",
-        "NodeExecutingMsg",
-        "RollbackMsg",
-        "SQLCommitMsg",
-        "SQLQueryMsg",
-        "SQLQueryStatusMsg",
-        "SchemaCreationMsg",
-        "SchemaDropMsg",
-        "SystemExecutingCmdMsg",
-        "TimingInfoCollectedMsg",
-        "WritingInjectedSQLForNodeMsg",
-    }
-)
-"""Never above info, and many: their level is not even read unless debug lines are wanted."""
-
-TOLD = frozenset(
-    {
-        "CheckNodeTestFailureMsg",
-        "CommandCompletedMsg",
-        "EndOfRunSummaryMsg",
-        "EndRunResultMsg",
-        "LogFreshnessResultMsg",
-        "LogFunctionResultMsg",
-        "LogModelResultMsg",
-        "LogNodeNoOpResultMsg",
-        "LogNodeResultMsg",
-        "LogOverloadResultMsg",
-        "LogSeedResultMsg",
-        "LogSkipBecauseErrorMsg",
-        "LogSnapshotResultMsg",
-        "LogStartOverloadMsg",
-        "LogTestResultMsg",
-        "MarkSkippedChildrenMsg",
-        "ResourceReportMsg",
-        "RunResultErrorMsg",
-        "RunResultErrorNoMessageMsg",
-        "RunResultFailureMsg",
-        "RunResultWarningMsg",
-        "RunResultWarningMessageMsg",
-    }
-)
-"""All they say is in `node_finish` or `result`: never a log line, though some are errors."""
-
-OUTPUT = frozenset(
-    {
-        "CompiledNodeMsg",
-        "JinjaLogInfoMsg",
-        "ListCmdOutMsg",
-        "NoNodesForSelectionCriteriaMsg",
-        "NoNodesSelectedMsg",
-        "NothingToDoMsg",
-        "PrintEventMsg",
-        "ShowNodeMsg",
-    }
-)
-"""What the caller asked to see: forwarded whatever the log level."""
 
 
 class EventCallback:
@@ -276,15 +197,15 @@ class EventCallback:
                 "timing": [
                     {
                         "name": step.name,
-                        "started_at": _moment(step, "started_at"),
-                        "completed_at": _moment(step, "completed_at"),
+                        "started_at": moment(step, "started_at"),
+                        "completed_at": moment(step, "completed_at"),
                     }
                     for step in result.timing_info
                 ],
                 "message": result.message or None,
                 "failures": result.num_failures if counts else None,
                 "adapter_response": struct_dict(result.adapter_response),
-                "relation": _relation(info.node_relation),
+                "relation": relation_dict(info.node_relation),
             }
         )
 
@@ -333,7 +254,7 @@ class EventCallback:
             "execution_s": round(data.execution_time, 6),
         }
         try:
-            frame["event_time_start"], frame["event_time_end"] = _batch_in_flight()
+            frame["event_time_start"], frame["event_time_end"] = batch_in_flight()
         finally:
             self._emit(frame)
 
@@ -437,56 +358,3 @@ class MeasuredCallback:
     @property
     def total_s(self) -> float:
         return self._total_ns / 1e9
-
-
-def error_code(error: Optional[BaseException]) -> Optional[str]:
-    """dbt's numeric code; its base exceptions have a negative one that says nothing."""
-    code = getattr(error, "CODE", None)
-    return str(code) if isinstance(code, int) and code > 0 else None
-
-
-def struct_dict(struct: Any) -> Dict[str, Any]:
-    """A protobuf Struct as plain values; it has turned every int into a float, so back."""
-    return {key: _plain(value) for key, value in struct.fields.items()}
-
-
-def _plain(value: Any) -> Any:
-    kind = value.WhichOneof("kind")
-    if kind == "number_value":
-        number = value.number_value
-        return int(number) if number.is_integer() else number
-    if kind == "struct_value":
-        return struct_dict(value.struct_value)
-    if kind == "list_value":
-        return [_plain(item) for item in value.list_value.values]
-    return None if kind in (None, "null_value") else getattr(value, kind)
-
-
-def _moment(step: Any, field: str) -> Any:
-    return getattr(step, field).ToDatetime() if step.HasField(field) else None
-
-
-def _relation(relation: Any) -> Optional[Dict[str, Any]]:
-    name = relation.relation_name
-    if not name:  # ephemeral models, and tests that store nothing
-        return None
-    return {
-        "database": relation.database or None,
-        "schema": relation.schema or None,
-        "identifier": relation.alias or None,
-        "relation_name": name,
-    }
-
-
-def _batch_in_flight() -> Tuple[Any, Any]:
-    """Start and end of the batch whose result line is being printed: no event has them."""
-    frame: Any = sys._getframe(1)  # noqa: SLF001 - the documented way to a caller's locals
-    for _ in range(15):
-        frame = frame.f_back
-        if frame is None:
-            break
-        batches = getattr(frame.f_locals.get("self"), "batches", None)
-        if batches:
-            start, end = batches[frame.f_locals["self"].batch_idx]
-            return start, end
-    return None, None

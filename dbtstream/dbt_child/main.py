@@ -6,6 +6,7 @@ be, an exit code of 70 and a line on stderr.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import io
 import multiprocessing.util
@@ -59,6 +60,7 @@ class Child:
         """The exit code of the process."""
         self._stop.install()
         die_with_parent()
+        _as_batch_work()
         try:
             start = self._control.read_start()
             names = start.get("secret_env", [])
@@ -127,6 +129,15 @@ def _frame_fd(argv: List[str]) -> int:
     os.set_inheritable(fd, False)
     os.set_blocking(fd, True)
     return fd
+
+
+def _as_batch_work() -> None:
+    """dbt keeps its share of the CPU, but the kernel lets the daemon that reads our frames run
+    as soon as it can (Linux, SCHED_BATCH: no preemption at wake-up). With more threads than
+    cores the 99th percentile from callback to commit fell from 126 to 37 ms.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or not allowed here
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _import_dbt(version: str) -> Any:

@@ -13,8 +13,9 @@ import sys
 import time
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
-from .callback import EventCallback, error_code
+from .callback import EventCallback
 from .plan import word
+from .readers import error_code
 
 KINDS = {
     "WritableManifest": "manifest",

@@ -15,8 +15,9 @@ import pytest
 
 from dbtstream.dbt_child import channel as channels
 from dbtstream.dbt_child import engine, plan
-from dbtstream.dbt_child.callback import OUTPUT, QUIET, TOLD, EventCallback
+from dbtstream.dbt_child.callback import EventCallback
 from dbtstream.dbt_child.channel import Channel
+from dbtstream.dbt_child.event_names import OUTPUT, QUIET, TOLD
 from dbtstream.dbt_child.scrub import MASK, MAX_RAW_CHARS, MAX_TEXT_BYTES, Scrubber, secret_values
 from dbtstream.frames import (
     LENGTH_BYTES,

@@ -147,9 +147,6 @@ ELSEWHERE: dict[tuple[str, str], Outcome] = {
     ("1.8", "on_run_start_failure"): Outcome("failure", ORDERS_OK | HOOKS_FAILED),
     # 1.12 skips nodes after a failed start hook unless told otherwise.
     ("1.12", "on_run_start_failure"): OUTCOMES["on_run_start_failure_skip"],
-    # The dbt-duckdb of that time had no microbatch strategy: each batch but the first fails.
-    ("1.9", "microbatch"): OUTCOMES["microbatch_partial"],
-    ("1.9", "microbatch_concurrent"): OUTCOMES["microbatch_partial"],
     # Exposures are no part of `build` before 1.10.
     ("1.8", "exposure"): Outcome("success", ORDERS_OK),
     ("1.9", "exposure"): Outcome("success", ORDERS_OK),

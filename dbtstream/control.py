@@ -148,7 +148,9 @@ class Control:
         async def answer(request: Request) -> None:
             # Whoever may create consumers can have stream messages delivered to any subject;
             # those carry their own subject and an ack reply (facts of NATS permissions).
-            if request.subject != subject:
+            # And a reply subject is not checked against the asker's permissions, but ours apply.
+            reply_to = request._msg.reply  # noqa: SLF001  # nats-py 2.16 shows it nowhere else
+            if request.subject != subject or not _is_inbox(reply_to):
                 return
             try:
                 reply = await handler(request.data, dict(request.headers or {}))
@@ -174,6 +176,7 @@ class Control:
         if project is not None:
             check_args(request.args, project)
         request_id = request.request_id or headers.get(H_MSG_ID)
+        request = msgspec.structs.replace(request, request_id=request_id)
         run_id = new_run_id(datetime.now(UTC))
         if request_id is not None:
             first = await self._store.remember_request(submit.project, target, request_id, run_id)
@@ -185,7 +188,9 @@ class Control:
         outgoing = {
             name: headers[name] for name in (H_TRACEPARENT, H_TRACESTATE) if name in headers
         }
-        outgoing |= {H_MSG_ID: request_id or run_id, H_RUN_ID: run_id}
+        # JetStream looks for a message id in the whole stream, we for a request id in a target.
+        msg_id = f"{submit.project}.{target}.{request_id}" if request_id else run_id
+        outgoing |= {H_MSG_ID: msg_id, H_RUN_ID: run_id}
         ack = await self._link.publish(
             runs_subject(submit.project, target), encode(request), outgoing
         )
@@ -234,7 +239,7 @@ class Control:
 
     async def _cancel_here(self, message: Msg) -> None:
         """The broadcast: answered only by the worker that runs the run."""
-        if message.subject != CONTROL_CANCEL or message.reply.startswith("$JS"):
+        if message.subject != CONTROL_CANCEL or not _is_inbox(message.reply):
             return
         try:
             cancel = msgspec.json.decode(message.data, type=CancelRequest)
@@ -250,7 +255,7 @@ class Control:
 
     async def _owns(self, message: Msg) -> None:
         """A worker that was handed a run of ours asks whether we are still at it."""
-        if message.subject != CONTROL_OWNS or message.reply.startswith("$JS"):
+        if message.subject != CONTROL_OWNS or not _is_inbox(message.reply):
             return
         if message.data.decode("ascii", "replace") in self._worker.executions:
             await message.respond(self._config.worker_name.encode())
@@ -349,6 +354,11 @@ class Control:
                 "control service not restarted",
                 extra={"action": "control.failed", "error": str(task.exception())},
             )
+
+
+def _is_inbox(reply: str) -> bool:
+    """Not a subject that means something: answered there, we would write in the asker's stead."""
+    return not reply.startswith(("$", "dbt."))
 
 
 def _not_found(run_id: str) -> ControlError:

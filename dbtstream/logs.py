@@ -32,7 +32,13 @@ def configure_client_logging() -> None:
     handler = _CurrentStderr()
     handler.setFormatter(ConsoleFormatter())
     handler.addFilter(lambda record: getattr(record, "action", None) not in _IN_ERRORS)
+    handler.addFilter(_is_news)
     logging.getLogger().handlers[:] = [handler]
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """asyncio says of each TLS connection that its protocol keeps the far end open; it cannot."""
+    return not (record.name == "asyncio" and "eof_received" in record.getMessage())
 
 
 _IN_ERRORS = frozenset({"nats.problem"})

@@ -30,17 +30,17 @@ def connect_options(config: NatsConfig, source: str) -> dict[str, Any]:
         _readable(config.creds_file, source, "nats.creds_file")
         options["user_credentials"] = config.creds_file
     if config.nkey_seed_file:
-        _readable(config.nkey_seed_file, source, "nats.nkey_seed_file")
-        options["nkeys_seed"] = config.nkey_seed_file
+        # Its text, not its path: nats-py would read the file on the event loop at each connect.
+        seed = _readable(config.nkey_seed_file, source, "nats.nkey_seed_file")
+        options["nkeys_seed_str"] = seed.decode("ascii", "replace").strip()
     if config.tls_ca_file or config.tls_cert_file:
         options["tls"] = _tls(config, source)
     return options
 
 
-def _readable(path: str, source: str, key: str) -> None:
+def _readable(path: str, source: str, key: str) -> bytes:
     try:
-        with Path(path).open("rb") as file:
-            file.read(1)
+        return Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(source, key, f"cannot be read: {error}") from error
 

@@ -132,7 +132,7 @@ class Store:
     # -- nodes -----------------------------------------------------------------------------
 
     async def put_nodes(self, events: Sequence[NodeFinished]) -> None:
-        """The last states of up to BATCH_KEYS nodes of one project and target; the last write wins."""
+        """Of up to BATCH_KEYS nodes of one project and target; the last write wins."""
         keys = [_key(event) for event in events]
         states = map(_node.decode, await self._bucket.read_many(keys))
         before = {state.unique_id: state for state in states}

@@ -158,10 +158,9 @@ class Worker:
             self._changed.set()
 
     async def _settle(self, lease: RequestLease, name: str, target: str) -> None:
-        run_id = run_id_for(lease)
-        stored = None
+        run_id, stored = derived_run_id(lease), None
         try:
-            stored = await self._services.store.get_run(run_id)
+            run_id, stored = await self._known(lease)
             if stored is not None and stored[0].attempt > 0:
                 await self._settle_repeated(lease, *stored)
                 return
@@ -179,6 +178,20 @@ class Worker:
             await self._pause(RETRY_S)
             return
         await self._execute(lease, job, stored)
+
+    async def _known(self, lease: RequestLease) -> tuple[str, tuple[RunView, int] | None]:
+        """The run of this request, and what is stored of it.
+
+        The id in the header counts unless it belongs to another request: a plain publisher
+        may write anything there, and must not end, or hide behind, somebody else's run.
+        """
+        given = lease.headers.get(H_RUN_ID, "")
+        if is_run_id(given):
+            stored = await self._services.store.get_run(given)
+            if stored is None or stored[0].request_seq == lease.stream_seq:
+                return given, stored
+        derived = derived_run_id(lease)
+        return derived, await self._services.store.get_run(derived)
 
     async def _accept(self, lease: RequestLease, run_id: str, name: str, target: str) -> Job:
         """The request as a job. Raises RequestRejected, NatsError."""
@@ -328,10 +341,9 @@ class Worker:
         )
 
 
-def run_id_for(lease: RequestLease) -> str:
-    """What the control service gave, else one derived from the request's place in the stream."""
-    given = lease.headers.get(H_RUN_ID, "")
-    return given if is_run_id(given) else run_id_of_request(lease.stream_seq, lease.stored_at)
+def derived_run_id(lease: RequestLease) -> str:
+    """The same at every delivery of the request."""
+    return run_id_of_request(lease.stream_seq, lease.stored_at)
 
 
 def refuse_what_is_not_built(request: RunRequest) -> None:

@@ -93,7 +93,10 @@ async def test_a_run_is_told_from_queue_to_verdict(tmp_path: Path, nats_config: 
         run_id = events[0].run_id
         await served.queue_empty()
         view = await served.client.get(run_id)
-        node = await Store(served.link).get_node("shop", "dev", "model.shop.orders")
+        node = None
+        async with asyncio.timeout(30):
+            while node is None:  # written behind the run's back
+                node = await Store(served.link).get_node("shop", "dev", "model.shop.orders")
 
     check_run(events)
     assert [type(event).__name__ for event in events if not isinstance(event, RunProgress)] == [
@@ -111,7 +114,6 @@ async def test_a_run_is_told_from_queue_to_verdict(tmp_path: Path, nats_config: 
     assert {tuple(event.labels.items()) for event in events} == {(("team", "core"),)}
     assert (view.status, view.exit_code, view.attempt) == (RunStatus.SUCCESS, 0, 1)
     assert view.last_seq == events[-1].seq
-    assert node is not None
     assert (node.status, node.run_id) == (NodeStatus.SUCCESS, run_id)
 
 

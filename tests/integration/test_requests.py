@@ -163,3 +163,39 @@ async def test_submit_answers_at_once_what_the_queue_would_answer_later(served: 
 async def test_a_10_mb_request_is_refused_before_it_is_sent(served: Served) -> None:
     with pytest.raises(RequestRejected, match="the limit is"):
         await served.client.submit("shop", ["build", "x" * 10_000_000], target="dev")
+
+
+async def test_one_request_id_means_one_run_in_each_target(served: Served) -> None:
+    runs = [
+        await served.client.submit("shop", ["build"], target=target, request_id="nightly")
+        for target in ("dev", "prod")
+    ]
+    assert [run.duplicate for run in runs] == [False, False]
+    for run in runs:
+        check_run(await served.events(run.run_id))
+
+
+async def test_a_run_id_in_a_header_cannot_touch_another_request(served: Served) -> None:
+    """Neither end somebody's run nor hide behind one that has ended."""
+    ended = (await served.run())[0].run_id
+    await served.queue_empty()
+    await served.publish("dbt.runs.shop.prod", b'{"args":["build"]}', **{"dbtstream-run-id": ended})
+    _, second = await next_ends(served, 2)
+
+    assert isinstance(second, RunFinished)
+    assert second.run_id != ended
+    assert (second.target, second.status) == ("prod", RunStatus.SUCCESS)
+
+
+async def test_control_answers_to_inboxes_only(served: Served) -> None:
+    """A reply subject is not checked against the asker's permissions, but ours would apply."""
+    body = b'{"project":"shop","target":"dev","request":{"args":["build"]}}'
+    for reply in ("dbt.runs.shop.prod", "$KV.dbt_state.run.x", "dbt.events.x"):
+        await served.link.client.publish("dbt.control.list", b"", reply=reply)
+    accepted = await served.link.request("dbt.control.submit", body)
+    assert b"run_accepted" in accepted.data
+    assert isinstance((await next_ends(served))[0], RunFinished)
+    for stream in ("DBT_RUNS", "DBT_EVENTS", "KV_dbt_state"):
+        info = await served.link.js.stream_info(stream, subjects_filter=">")
+        subjects = set(info.state.subjects or {})
+        assert not subjects & {"dbt.runs.shop.prod", "$KV.dbt_state.run.x", "dbt.events.x"}

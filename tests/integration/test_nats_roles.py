@@ -1,7 +1,7 @@
 """The roles of deploy/nats on a real nats-server: what each may do, and that it may do no more.
 
 The server is started from the files as they are, with keys from make_keys.py and certificates
-from openssl. Everything else here connects under a role, as `dbtstream.toml` would.
+from trustme. Everything else here connects under a role, as `dbtstream.toml` would.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ from typing import Any
 import msgspec
 import nats.errors
 import pytest
+import trustme
 from nats.aio.client import Client as Connection
 
 from dbtstream.client import Client, NoDaemon
@@ -215,32 +216,16 @@ class Broker:
             yield client
 
 
-def openssl(folder: Path, *words: str) -> None:
-    subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
-
-
 def make_certificates(folder: Path) -> None:
     """An authority of our own, and certificates for 127.0.0.1 under the names in the files."""
     folder.mkdir()
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl(
-        folder, "req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2",
-        "-subj", "/CN=test authority", "-addext", "keyUsage=critical,keyCertSign",
-    )  # fmt: skip
-    (folder / "extensions").write_text(
-        "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n"
-        "keyUsage=critical,digitalSignature\nauthorityKeyIdentifier=keyid\n"
-    )
-    for name in ("server", "route"):
-        openssl(
-            folder, "req", "-new", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr",
-            "-subj", f"/CN={name}",
-        )  # fmt: skip
-        openssl(
-            folder, "x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
-            "-CAcreateserial", "-days", "2", "-extfile", "extensions", "-out", f"{name}.pem",
-        )  # fmt: skip
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
     shutil.copy(folder / "ca.pem", folder / "route-ca.pem")
+    for name in ("server", "route"):
+        issued = authority.issue_cert("127.0.0.1")
+        issued.private_key_pem.write_to_path(str(folder / f"{name}.key"))
+        (folder / f"{name}.pem").write_bytes(b"".join(p.bytes() for p in issued.cert_chain_pems))
 
 
 def make_keys(folder: Path) -> None:

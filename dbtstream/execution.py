@@ -11,6 +11,7 @@ state is terminal; only then does `worker` settle the request.
 
 import asyncio
 import logging
+import os
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Execution:
         self._stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
         self._last_frame_s = 0.0
         self._saw_result = False
-        self._scrubber = Scrubber()
+        self._scrubber = Scrubber.for_environment(os.environ, ())
         self.verdict: RunFinished | None = None
 
     @property
@@ -222,8 +223,21 @@ class Execution:
             watch.cancel()
             await asyncio.wait({watch})
         if self._saw_result:
-            await asyncio.to_thread(keep_parse_cache, workspace)
+            await self._keep_parse_cache(workspace)
         return self._ending(error, exited)
+
+    async def _keep_parse_cache(self, workspace: Workspace) -> None:
+        try:
+            await asyncio.to_thread(keep_parse_cache, workspace)
+        except OSError as error:  # the next run parses anew
+            logger.warning(
+                "parse cache not kept",
+                extra={
+                    "action": "run.parse_cache",
+                    "run_id": self.job.run_id,
+                    "error": str(error),
+                },
+            )
 
     async def _read(self, process: DbtProcess) -> None:
         count = 0

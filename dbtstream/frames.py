@@ -279,7 +279,7 @@ class ChildStats(msgspec.Struct, frozen=True, kw_only=True):
     frames: int = 0
     callback_errors: int = 0
     callback_error: str | None = None  # the first one, with its traceback
-    callback_s: float | None = None  # only when measuring was asked for
+    callback_s: float | None = None  # CPU time; only when measuring was asked for
     scrubbed: int = 0  # strings in which a secret was replaced
     max_rss_bytes: int | None = None
     cpu_s: float | None = None

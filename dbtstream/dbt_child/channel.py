@@ -28,6 +28,9 @@ BATCH_BYTES = 256 * 1024
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 LISTS = {"nodes": "nodes", "results": "results"}  # frames that may be sent in several
 
+LATER = "later"
+"""A frame's key for a function that gives the rest of it, called by the writer thread."""
+
 _LENGTH = struct.Struct(">I")
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str)
 
@@ -107,6 +110,8 @@ class Channel:
 
     def _encode(self, frame: Frame) -> Iterator[bytes]:
         try:
+            if LATER in frame:
+                frame.update(frame.pop(LATER)())
             if frame["t"] == "result":
                 yield from self._told()
                 frame["stats"]["frames"] = self._number + 1

@@ -1,12 +1,12 @@
 """The child's callback: its mean time per dbt event, and its share of the child's CPU.
 
 Measured: `dbt build` of 300 models and 300 tests on DuckDB by the dbt child, which with
-`Start.measure` adds up the time spent in its callback (wall time, with two readings of the
-clock in it) and counts the events. Against: the CPU of the same build by dbt's own command
+`Start.measure` adds up the CPU time of the calling thread in its callback (less what its clock
+costs, measured in the same process) and counts the events. Against: the CPU of the same build by dbt's own command
 line, which calls nobody back; the two alternate.
 
-Disturbed by: a busy machine, since a thread that loses the CPU or the GIL inside the callback
-is still inside it; then the mean is too high, never too low. Frames are made of few events
+Disturbed by: cold caches, which are part of the truth: between two callbacks dbt does other
+things, so an event costs several times what it does in a loop of its own. Frames are made of few events
 (about one in eight); the mean is over all. Packing and writing frames is the writer thread's
 work and not in here: `overhead` has it.
 """

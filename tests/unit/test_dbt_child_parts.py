@@ -23,6 +23,7 @@ from dbtstream.frames import (
     LENGTH_BYTES,
     MAX_FRAME_BYTES,
     AnyFrame,
+    Artifact,
     Dropped,
     Log,
     NodeFinish,
@@ -392,12 +393,24 @@ def test_a_callback_never_raises_and_remembers_the_first_error() -> None:
     """dbt can hang for ever on an exception in a callback (dbt-core#11612)."""
     callback = EventCallback(lambda frame: None)
     for _ in range(3):
-        callback(event("NodeFinished"))  # has none of the attributes
+        callback(event("LogStartLine"))  # has none of the attributes
     callback(object())
     events, errors = callback.counts()
     assert (events, errors) == (4, 4)
     assert "AttributeError" in (callback.first_error or "")
-    assert "_node_finish" in (callback.first_error or "")
+    assert "_start_line" in (callback.first_error or "")
+
+
+def test_what_the_writer_cannot_read_of_an_event_is_counted_and_told_as_dropped() -> None:
+    pipe = Pipe()
+    callback = EventCallback(pipe.channel.emit)
+    callback(event("NodeFinished"))  # has none of the attributes
+    pipe.channel.emit({"t": "artifact", "at": 1.0, "kind": "manifest", "path": "x"})
+    dropped, artifact = pipe.frames()
+    assert isinstance(dropped, Dropped)
+    assert (dropped.family, dropped.count) == ("node_finish", 1)
+    assert isinstance(artifact, Artifact)
+    assert callback.counts() == (1, 1)
 
 
 def test_a_keyboard_interrupt_passes_for_it_is_what_cancels_dbt() -> None:

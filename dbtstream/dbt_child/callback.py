@@ -190,7 +190,9 @@ class EventCallback:
         )
 
     def _node_finish(self, event: Any) -> None:
-        self._emit({"t": "node_finish", "at": time.time(), LATER: partial(self._read, _end_fields, event)})
+        self._emit(
+            {"t": "node_finish", "at": time.time(), LATER: partial(self._read, _end_fields, event)}
+        )
 
     def _skip(self, event: Any) -> None:
         self._emit(

@@ -48,7 +48,7 @@ class EventCallback:
         self._named = self._table(queries, query_sql)
         self._planned = False
         self._hook: Optional[str] = None  # hooks run one after the other
-        self._working: Set[str] = set()
+        self._working: Set[str] = set()  # the writer thread's
         self._sql: Dict[int, str] = {}
         self._events = itertools.count()  # next() is atomic; `+= 1` is not
         self._errors = itertools.count()
@@ -80,7 +80,9 @@ class EventCallback:
         if self.first_error is None:
             self.first_error = traceback.format_exc()
 
-    def _read(self, fields: Callable[[Any], Dict[str, Any]], event: Any) -> Dict[str, Any]:
+    def _read(
+        self, fields: Callable[[Any], Optional[Dict[str, Any]]], event: Any
+    ) -> Optional[Dict[str, Any]]:
         """In the writer thread; what it cannot read the channel tells as dropped."""
         try:
             return fields(event)
@@ -168,26 +170,28 @@ class EventCallback:
         )
 
     def _start_line(self, event: Any) -> None:
-        data = event.data
-        self._works(data.node_info.unique_id, data.index, data.total)
+        self._emit(
+            {"t": "node_work", "at": time.time(), LATER: partial(self._read, self._line, event)}
+        )
 
     def _compiling(self, event: Any) -> None:
         """All that ephemeral models have; of others LogStartLine came before."""
-        unique_id = event.data.node_info.unique_id
-        if unique_id not in self._working:
-            self._works(unique_id, None, None)
-
-    def _works(self, unique_id: str, index: Optional[int], total: Optional[int]) -> None:
-        self._working.add(unique_id)
         self._emit(
-            {
-                "t": "node_work",
-                "at": time.time(),
-                "unique_id": unique_id,
-                "index": index,
-                "total": total,
-            }
+            {"t": "node_work", "at": time.time(), LATER: partial(self._read, self._compile, event)}
         )
+
+    def _line(self, event: Any) -> Dict[str, Any]:
+        data = event.data
+        unique_id = data.node_info.unique_id
+        self._working.add(unique_id)
+        return {"unique_id": unique_id, "index": data.index, "total": data.total}
+
+    def _compile(self, event: Any) -> Optional[Dict[str, Any]]:
+        unique_id = event.data.node_info.unique_id
+        if unique_id in self._working:
+            return None
+        self._working.add(unique_id)
+        return {"unique_id": unique_id, "index": None, "total": None}
 
     def _node_finish(self, event: Any) -> None:
         self._emit(
@@ -285,12 +289,12 @@ class EventCallback:
     def _log(self, event: Any) -> None:
         level = event.info.level
         if LEVELS.get(level, NO_LEVEL) >= self._threshold:
-            self._line(event, level)
+            self._log_line(event, level)
 
     def _output(self, event: Any) -> None:
-        self._line(event, event.info.level)
+        self._log_line(event, event.info.level)
 
-    def _line(self, event: Any, level: str) -> None:
+    def _log_line(self, event: Any, level: str) -> None:
         info = event.info
         if not info.msg:
             return

@@ -29,7 +29,8 @@ MAX_FRAME_BYTES = 4 * 1024 * 1024
 LISTS = {"nodes": "nodes", "results": "results"}  # frames that may be sent in several
 
 LATER = "later"
-"""A frame's key for a function that gives the rest of it, called by the writer thread."""
+"""A frame's key for a function that gives the rest of it, called by the writer thread; None
+means that there is nothing to tell."""
 
 _LENGTH = struct.Struct(">I")
 _encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str)
@@ -111,7 +112,10 @@ class Channel:
     def _encode(self, frame: Frame) -> Iterator[bytes]:
         try:
             if LATER in frame:
-                frame.update(frame.pop(LATER)())
+                rest = frame.pop(LATER)()
+                if rest is None:
+                    return
+                frame.update(rest)
             if frame["t"] == "result":
                 yield from self._told()
                 frame["stats"]["frames"] = self._number + 1

@@ -393,12 +393,12 @@ def test_a_callback_never_raises_and_remembers_the_first_error() -> None:
     """dbt can hang for ever on an exception in a callback (dbt-core#11612)."""
     callback = EventCallback(lambda frame: None)
     for _ in range(3):
-        callback(event("LogStartLine"))  # has none of the attributes
+        callback(event("LogStartBatch"))  # has none of the attributes
     callback(object())
     events, errors = callback.counts()
     assert (events, errors) == (4, 4)
     assert "AttributeError" in (callback.first_error or "")
-    assert "_start_line" in (callback.first_error or "")
+    assert "_batch_start" in (callback.first_error or "")
 
 
 def test_what_the_writer_cannot_read_of_an_event_is_counted_and_told_as_dropped() -> None:

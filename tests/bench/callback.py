@@ -1,9 +1,9 @@
 """The child's callback: its mean time per dbt event, and its share of the child's CPU.
 
 Measured: `dbt build` of 300 models and 300 tests on DuckDB by the dbt child, which with
-`Start.measure` adds up the CPU time of the calling thread in its callback (less what its clock
-costs, measured in the same process) and counts the events. Against: the CPU of the same build by
-dbt's own command line, which calls nobody back; the two alternate.
+`Start.measure` adds up the CPU time of the calling thread in its callback (less what the same
+measurement of an empty function beside it takes) and counts the events. Against: the CPU of the
+same build by dbt's own command line, which calls nobody back; the two alternate.
 
 Disturbed by: cold caches, which are part of the truth: between two callbacks dbt does other
 things, so an event costs several times what it does in a loop of its own. Frames are made of few

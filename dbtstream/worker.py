@@ -73,10 +73,6 @@ class Worker:
         self._changed = asyncio.Event()  # a slot is free, or we are stopping
         self._stopping = asyncio.Event()
 
-    @property
-    def free_slots(self) -> int:
-        return self._free
-
     async def run(self) -> None:
         """Until `stop` was called and what was running has ended."""
         async with asyncio.TaskGroup() as loops:

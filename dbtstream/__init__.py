@@ -2,22 +2,26 @@
 
 How the stages connect, from one message in to every node out:
 
-    consumer → worker → execution → dbt_process ⇄ dbt_child
-                            │
-                            ▼
-    normalizer → outbox → publishers → NATS JetStream → client
+    consumer → worker → claims → execution → dbt_process ⇄ dbt_child
+                                     │
+                                     ▼
+             normalizer → outbox → publishers → NATS JetStream → client
 
 Read `execution` first. A module imports only from the layers before its own:
 
     0 contracts      errors statuses events messages frames subjects config
     1 pure           runs policy scrub trace normalizer (endings envelope ledger node_events
-                     dbt_values) schema
-    2 edges          nats_link (nats_connection nats_auth nats_errors) streams selection
-                     event_stream consumer lease store (state_bucket) run_state outbox
-                     (outbox_file) publishers workspace dbt_process
-    3 orchestration  execution worker rejection recovery unknown_subjects control
-    4 composition    daemon embedded local_run client checks follow terminal screen tables
-                     logs commands cli
+                     verdict dbt_values) resume schema
+    2 edges          nats_link (nats_connection nats_auth nats_errors) stored_message streams
+                     selection event_stream consumer lease run_lease (lease_renewal lease_keys)
+                     store (kv_bucket) run_state dead_letters outbox (outbox_file) publishers
+                     workspace artifacts artifact_store (object_bucket) project_python duckdb_file
+                     dbt_process
+    3 orchestration  execution (job attempt_events watchdog predecessor) worker (claims slots
+                     queue_watch) rejection recovery unknown_subjects stuck_requests control
+    4 composition    daemon embedded local_run client verify_run (verification) checks follow
+                     terminal screen tables logs commands dead_commands cli (cli_dead
+                     cli_settings cli_words)
     –                dbt_child (stdlib and dbt only; started by path, imported by nothing)
 """
 

@@ -8,9 +8,7 @@ warehouse and nothing is changed.
 """
 
 import asyncio
-import contextlib
 import os
-import signal
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import msgspec
 from dbtstream.config import DEFAULT_TARGET, Config, NatsConfig, ProjectConfig, read_secret
 from dbtstream.errors import ConfigError, NatsError
 from dbtstream.nats_link import NatsLink
+from dbtstream.project_python import PRINT_ANSWER, NoAnswer, ask_python
 from dbtstream.streams import check_streams
 from dbtstream.subjects import CONTROL
 from dbtstream.workspace import child_environment
@@ -27,7 +26,8 @@ CONNECT_S = 5.0
 PROBE_S = 90.0  # the first import of dbt on a cold disk
 MIN_PAYLOAD = 1024 * 1024
 
-PROBE = r"""
+PROBE = (
+    r"""
 import json, os, sys
 
 def look(out):
@@ -63,9 +63,9 @@ try:
     look(out)
 except Exception as error:
     out["error"] = type(error).__name__ + ": " + " ".join(str(error).split())
-print("\n@@dbtstream " + json.dumps(out))
 """
-_MARK = b"@@dbtstream "
+    + PRINT_ANSWER
+)
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,10 +93,6 @@ class ProbeResult(msgspec.Struct, frozen=True):
     profiles_dir: str | None = None
     targets: list[TargetFound] = []
     error: str | None = None
-
-
-class _ProbeFailed(Exception):
-    """The interpreter did not answer; the text says how."""
 
 
 async def run_checks(config: Config) -> AsyncIterator[Check]:
@@ -219,7 +215,7 @@ async def check_project(config: Config, name: str, project: ProjectConfig) -> As
     except ConfigError as error:
         yield Check(subject=subject, ok=False, found=str(error), mend="put the secret there")
         return
-    except _ProbeFailed as error:
+    except NoAnswer as error:
         yield Check(
             subject=f"{subject} python",
             ok=False,
@@ -254,38 +250,18 @@ def _environment(config: Config, name: str, project: ProjectConfig) -> dict[str,
 
 
 async def _probe(project: ProjectConfig, environment: Mapping[str, str]) -> ProbeResult:
-    """Run PROBE in the project's interpreter. Raises _ProbeFailed."""
+    """Run PROBE in the project's interpreter. Raises NoAnswer."""
     targets = ["" if target == DEFAULT_TARGET else target for target in project.targets]
-    try:
-        process = await asyncio.create_subprocess_exec(
-            project.python,
-            "-c",
-            PROBE,
-            project.path,
-            project.profile or "",
-            *targets,
-            cwd=project.path,
-            env=dict(environment),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise _ProbeFailed(error.strerror or str(error)) from error
-    try:
-        async with asyncio.timeout(PROBE_S):
-            out, err = await process.communicate()
-    except TimeoutError:
-        raise _ProbeFailed(f"did not answer within {PROBE_S:g} s") from None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    try:
-        return msgspec.json.decode(out.rpartition(_MARK)[2], type=ProbeResult)
-    except msgspec.DecodeError:
-        tail = err.decode(errors="replace").strip().splitlines()[-1:]
-        raise _ProbeFailed("; ".join(["is no Python that works", *tail])) from None
+    return await ask_python(
+        project,
+        PROBE,
+        project.path,
+        project.profile or "",
+        *targets,
+        environment=environment,
+        limit_s=PROBE_S,
+        answer=ProbeResult,
+    )
 
 
 def _engine(subject: str, name: str, project: ProjectConfig, probe: ProbeResult) -> Check:

@@ -7,49 +7,19 @@ config that cannot be used, 130 after Ctrl-C, else 1.
 
 import asyncio
 import sys
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from dbtstream import __version__
-from dbtstream.cli_words import begin_of, pairs, project_and_args, variables
+from dbtstream.cli_dead import dead
+from dbtstream.cli_settings import Settings, run_to_end
+from dbtstream.cli_words import begin_of, pairs, project_and_args, state_from, variables
 from dbtstream.errors import ConfigError, DbtstreamError, RequestRejected
-
-if TYPE_CHECKING:
-    from dbtstream.config import Config, NatsConfig
 
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
 EXIT_INTERRUPTED = 130
-
-
-class Settings:
-    """The global options, and the config that they lead to."""
-
-    def __init__(self, config_path: str | None, url: str | None) -> None:
-        self._config_path = config_path
-        self._url = url
-
-    def config(self) -> "Config":
-        """Raises ConfigError."""
-        import msgspec
-
-        from dbtstream.config import find_config, load_config
-
-        config = load_config(find_config(self._config_path))
-        if self._url is None:
-            return config
-        nats = msgspec.structs.replace(config.nats, servers=tuple(self._url.split(",")))
-        return msgspec.structs.replace(config, nats=nats)
-
-    def nats(self) -> "NatsConfig":
-        """For commands that only need a connection: `--nats` alone asks for no valid config."""
-        from dbtstream.config import NatsConfig
-
-        if self._url is not None and self._config_path is None:
-            return NatsConfig(servers=tuple(self._url.split(",")))
-        return self.config().nats
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -101,7 +71,7 @@ def serve(settings: Settings, /) -> int:
 
     config = settings.config()
     configure_logging(config.log)
-    return _run(commands.serve(config))
+    return run_to_end(commands.serve(config))
 
 
 @cli.command(short_help="Run dbt and watch it; exits with dbt's exit code.")
@@ -113,6 +83,21 @@ def serve(settings: Settings, /) -> int:
 @click.option("--request-id", metavar="ID", help="The same one twice is one run.")
 @click.option("--reason", metavar="TEXT", help="Why, for those who look at the run later.")
 @click.option("--timeout", "timeout_s", metavar="SECONDS", type=float, help="Cancel it then.")
+@click.option(
+    "--on-busy",
+    type=click.Choice(["queue", "skip", "replace", "coalesce"]),
+    default="queue",
+    help="When an older run of the target is under way.",
+)
+@click.option(
+    "--on-lost",
+    type=click.Choice(["resume", "restart", "fail"]),
+    help="When the worker dies. Default: the config's.",
+)
+@click.option("--retry-of", metavar="RUN", help="What had not succeeded there; needs no ARGS.")
+@click.option(
+    "--state", metavar="RUN", help="dbt's --state: a run, or last_success, or last_success:TARGET."
+)
 @click.option("--detach", is_flag=True, help="Print the run id and do not wait.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON event per line.")
 @click.option("--plain", is_flag=True, help="One line of text per event, no live view.")
@@ -155,15 +140,22 @@ def run(
     Examples:
       dbtstream run shop -- build --select orders+
       dbtstream run shop --target prod --var day=2024-05-01 --detach -- run
+      dbtstream run shop --retry-of 01a20128-5ce6-7645-b4b6-65c379964c39
+      dbtstream run shop --target ci --state last_success:prod -- build -s state:modified+
       dbtstream run --project-dir ~/shop -- build
     """
     from dbtstream import commands
+    from dbtstream.messages import OnBusy, OnLost
 
     if project_dir is None and (profiles_dir or python):
         raise click.UsageError("--profiles-dir and --python need --project-dir")
     if project_dir is not None and detach:
         raise click.UsageError("--detach needs a daemon; leave out --project-dir")
-    project, args = project_and_args(words, local=project_dir is not None)
+    if project_dir is not None and (asked["retry_of"] or asked["state"]):
+        raise click.UsageError("--retry-of and --state need a daemon; leave out --project-dir")
+    project, args = project_and_args(
+        words, local=project_dir is not None, may_be_none=bool(asked["retry_of"])
+    )
     submission = commands.Submission(
         project=project,
         args=args,
@@ -173,15 +165,19 @@ def run(
         request_id=asked["request_id"],
         timeout_s=asked["timeout_s"],
         reason=asked["reason"],
+        on_busy=OnBusy(asked["on_busy"]),
+        on_lost=OnLost(asked["on_lost"]) if asked["on_lost"] else None,
+        retry_of=asked["retry_of"],
+        state=state_from(asked["state"]) if asked["state"] else None,
     )
     output = commands.Output(as_json=as_json, plain=plain)
     if project_dir is not None:
-        return _run(
+        return run_to_end(
             commands.run_folder(
                 project_dir, submission, output, profiles_dir=profiles_dir, python=python
             )
         )
-    return _run(commands.run(settings.nats(), submission, output, detach=detach))
+    return run_to_end(commands.run(settings.nats(), submission, output, detach=detach))
 
 
 @cli.command(short_help="Print events as they happen, or from a time on.")
@@ -215,7 +211,7 @@ def tail(
 
     wanted = Selection(**{key: commands.words(values) for key, values in filters.items()})
     begin = begin_of(since) if since else None
-    return _run(
+    return run_to_end(
         commands.tail(settings.nats(), wanted, since=begin, run=run, as_json=as_json),
     )
 
@@ -234,7 +230,7 @@ def ps(settings: Settings, /, everything: bool, project: str | None, as_json: bo
     """
     from dbtstream import commands
 
-    return _run(
+    return run_to_end(
         commands.ps(settings.nats(), project=project, everything=everything, as_json=as_json)
     )
 
@@ -255,7 +251,29 @@ def show(settings: Settings, /, run: str, as_json: bool) -> int:
     """
     from dbtstream import commands
 
-    return _run(commands.show(settings.nats(), run, as_json=as_json))
+    return run_to_end(commands.show(settings.nats(), run, as_json=as_json))
+
+
+@cli.command(short_help="Whether all that is stored of a run agrees.")
+@click.argument("run", metavar="RUN")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_obj
+def verify(settings: Settings, /, run: str, as_json: bool) -> int:
+    """Compare what is stored of a run: its events, its state, dbt's run_results.json.
+
+    Looks whether the events keep the guarantees of the contract, whether the KV states of the
+    run and its nodes say the same, and dbt's own results where they are in the Object Store.
+    Prints every difference; exit code 0 if there is none. RUN is as for `show`. Asks no
+    daemon; needs the NATS permissions of an admin.
+
+    \b
+    Examples:
+      dbtstream verify last
+      dbtstream verify 0199f2c4-7a31-7c52-9d1f-8a1f0c3b2e4d --json
+    """
+    from dbtstream import commands
+
+    return run_to_end(commands.verify(settings.nats(), run, as_json=as_json))
 
 
 @cli.command(short_help="Cancel a run.")
@@ -271,7 +289,7 @@ def cancel(settings: Settings, /, run: str, reason: str | None) -> int:
     """
     from dbtstream import commands
 
-    return _run(commands.cancel(settings.nats(), run, reason=reason))
+    return run_to_end(commands.cancel(settings.nats(), run, reason=reason))
 
 
 @cli.command(short_help="Create or update the streams on the NATS server.")
@@ -289,7 +307,7 @@ def setup(settings: Settings, /) -> int:
     from dbtstream import commands
 
     config = settings.config()
-    return _run(commands.setup(config.nats, config))
+    return run_to_end(commands.setup(config.nats, config))
 
 
 @cli.command(short_help="Look whether all that `serve` needs is there.")
@@ -308,7 +326,7 @@ def check(settings: Settings, /, as_json: bool) -> int:
     """
     from dbtstream import commands
 
-    return _run(commands.check(settings.config(), as_json=as_json))
+    return run_to_end(commands.check(settings.config(), as_json=as_json))
 
 
 @cli.command(short_help="Print, write or compare the JSON Schemas.")
@@ -354,18 +372,12 @@ def demo(keep: bool, port: int | None, as_json: bool, plain: bool) -> int:
     """
     from dbtstream import commands
 
-    return _run(
+    return run_to_end(
         commands.demo(keep=keep, port=port, output=commands.Output(as_json=as_json, plain=plain))
     )
 
 
-# -- running ---------------------------------------------------------------------------------
-
-
-def _run(work: Coroutine[Any, Any, int]) -> int:
-    import uvloop
-
-    return uvloop.run(work)
+cli.add_command(dead)
 
 
 def main() -> None:

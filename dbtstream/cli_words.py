@@ -10,18 +10,23 @@ from typing import Any
 
 import click
 
+from dbtstream.messages import StateFrom
+
 _SINCE = re.compile(r"(\d+)\s*([smhd])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _BEFORE_DASHES = {"--vars": "--vars", "--target": "--target", "-t": "--target"}
 
 
-def project_and_args(words: tuple[str, ...], *, local: bool) -> tuple[str, list[str]]:
+def project_and_args(
+    words: tuple[str, ...], *, local: bool, may_be_none: bool = False
+) -> tuple[str, list[str]]:
+    """`may_be_none`: words for dbt need not be there, as the request names an earlier run."""
     project, args = ("", list(words)) if local else (words[0] if words else "", list(words[1:]))
     if not local and not project:
         raise click.UsageError("which PROJECT? Or give --project-dir for a folder of yours.")
     if args[:1] == ["dbt"]:
         args = args[1:]
-    if not args:
+    if not args and not may_be_none:
         raise click.UsageError("no words for dbt. They come after two dashes, like: -- build")
     for word in args:
         option = _BEFORE_DASHES.get(word.split("=", 1)[0])
@@ -46,6 +51,12 @@ def variables(single: tuple[str, ...], whole: str | None) -> dict[str, Any]:
         except ValueError:
             found[name] = text
     return dict(found)
+
+
+def state_from(text: str) -> StateFrom:
+    """`last_success`, `last_success:prod`, or a run id."""
+    whose, _, target = text.partition(":")
+    return StateFrom(from_=whose, target=target or None)
 
 
 def pairs(option: str, values: tuple[str, ...]) -> dict[str, str]:

@@ -9,7 +9,8 @@
 
 Requests go to the control service of a running daemon (`control`); events come from the
 stream (`event_stream`) and need no daemon. Everything is typed by `messages` and `events`.
-Errors are those of `errors`, and the two below. It never starts dbt and never writes state.
+For those who look after it there are `dead_letters` and `verify`, over NATS alone.
+Errors are those of `errors`, and the two below. It never starts dbt.
 """
 
 import asyncio
@@ -17,12 +18,13 @@ import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 
 from dbtstream import messages
 from dbtstream.config import NatsConfig
+from dbtstream.dead_letters import DeadLetters
 from dbtstream.errors import NatsError, NatsRefused, NatsUnavailable, RequestRejected, RunNotFound
 from dbtstream.event_stream import DEFAULT_PREFETCH, EventStream
 from dbtstream.events import RunFinished, RunRejected
@@ -46,7 +48,11 @@ from dbtstream.messages import (
 from dbtstream.nats_link import NatsLink, NobodyListens, backoff_s
 from dbtstream.selection import Selection, Start, Words
 from dbtstream.statuses import TERMINAL_RUN_STATUSES
+from dbtstream.store import Store
 from dbtstream.subjects import CONTROL, is_run_id
+
+if TYPE_CHECKING:
+    from dbtstream.verify_run import Verification
 
 __all__ = ["Client", "EventStream", "EventsGone", "NoDaemon"]
 
@@ -335,6 +341,26 @@ class Client:
         return EventStream(
             self._link, selection, start, run_id=run_id, follow=follow, prefetch=prefetch
         )
+
+    # -- for those who look after it -----------------------------------------------------
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """Requests that could not run: list, get, replay, drop."""
+        return DeadLetters(self._link)
+
+    async def verify(self, run_id: str) -> "Verification":
+        """Compare what is stored of a run in its events, its state and dbt's own results.
+
+        Raises RunNotFound, verify_run.NotEnded, NatsError.
+        """
+        from dbtstream.verify_run import verify_run
+
+        return await verify_run(self._link, run_id, _began(run_id, None))
+
+    async def stored_runs(self, *, limit: int = 50) -> Sequence[RunView]:
+        """As `list`, newest first, from the KV bucket itself: no daemon need be there."""
+        return await Store(self._link, retry_for_s=ANSWER_TIMEOUT_S).list_runs(limit=limit)
 
 
 def _began(run_id: str, view: RunView | None) -> datetime:

@@ -21,7 +21,7 @@ from dbtstream.client import Client, EventsGone
 from dbtstream.config import Config, NatsConfig, ProjectConfig
 from dbtstream.errors import RunNotFound
 from dbtstream.events import encode_event
-from dbtstream.messages import CancelAccepted, RunView
+from dbtstream.messages import CancelAccepted, OnBusy, OnLost, RunView, StateFrom
 from dbtstream.selection import Selection, Words
 from dbtstream.subjects import is_run_id
 
@@ -49,6 +49,10 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str | None = None
     timeout_s: float | None = None
     reason: str | None = None
+    on_busy: OnBusy = OnBusy.QUEUE
+    on_lost: OnLost | None = None
+    retry_of: str | None = None
+    state: StateFrom | None = None
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,7 +113,7 @@ def _say_check(one: Any) -> None:
 
 
 async def run(nats: NatsConfig, submission: Submission, output: Output, *, detach: bool) -> int:
-    async with _connect(nats) as client:
+    async with connect(nats) as client:
         if detach:
             accepted = await _submit(client, submission)
             say(msgspec.json.encode(accepted).decode() if output.as_json else accepted.run_id)
@@ -155,6 +159,10 @@ async def _submit(client: Client, submission: Submission) -> Any:
         timeout_s=submission.timeout_s,
         reason=submission.reason,
         requested_by=user_name(),
+        on_busy=submission.on_busy,
+        on_lost=submission.on_lost,
+        retry_of=submission.retry_of,
+        state=submission.state,
     )
 
 
@@ -191,7 +199,7 @@ async def tail(
 ) -> int:
     from dbtstream.terminal import plain_line
 
-    async with _connect(nats) as client:
+    async with connect(nats) as client:
         run_id = await find_run(client, run) if run else None
         async with client.events(
             project=wanted.project,
@@ -214,14 +222,14 @@ async def tail(
 async def ps(nats: NatsConfig, *, project: str | None, everything: bool, as_json: bool) -> int:
     from dbtstream.tables import runs_table
 
-    async with _connect(nats) as client:
+    async with connect(nats) as client:
         runs = await client.list(project=project, active=not everything)
     if as_json:
         say(msgspec.json.encode(runs).decode())
     elif not runs.runs and not any(runs.waiting.values()):
         say("no runs" if everything else "nothing runs or waits; --all shows runs that have ended")
     else:
-        _console().print(runs_table(runs, datetime.now(UTC)))
+        console_of_stdout().print(runs_table(runs, datetime.now(UTC)))
     return 0
 
 
@@ -229,7 +237,7 @@ async def show(nats: NatsConfig, run: str, *, as_json: bool) -> int:
     from dbtstream.tables import run_summary, view_lines
     from dbtstream.terminal import RunPicture
 
-    async with _connect(nats) as client:
+    async with connect(nats) as client:
         view = await client.get(await find_run(client, run))
         picture = RunPicture()
         async with client.events(
@@ -241,7 +249,7 @@ async def show(nats: NatsConfig, run: str, *, as_json: bool) -> int:
         shown = {"run": view, "finished": picture.finished, "rejected": picture.rejected}
         say(msgspec.json.encode(shown).decode())
         return 0
-    console = _console()
+    console = console_of_stdout()
     console.print(view_lines(view, datetime.now(UTC)))
     console.print(run_summary(picture))
     if view.status.is_terminal and picture.finished is None and picture.rejected is None:
@@ -249,10 +257,28 @@ async def show(nats: NatsConfig, run: str, *, as_json: bool) -> int:
     return 0
 
 
+async def verify(nats: NatsConfig, run: str, *, as_json: bool) -> int:
+    from dbtstream.terminal import plural
+
+    async with connect(nats) as client:
+        # Not `find_run`, which asks a daemon: after a crash there may be none.
+        run_id = run if is_run_id(run) else pick_run(run, await client.stored_runs(limit=RECENT))
+        found = await client.verify(run_id)
+    if as_json:
+        say(msgspec.json.encode(found).decode())
+        return 0 if found.agrees else 1
+    for difference in found.differences:
+        say(str(difference))
+    verdict = "agrees" if found.agrees else plural(len(found.differences), "difference")
+    told = f"{plural(found.events, 'event')}, {plural(found.nodes, 'node')}"
+    say(f"{verdict}: {told}, run_results.json {found.run_results}")
+    return 0 if found.agrees else 1
+
+
 async def cancel(nats: NatsConfig, run: str, *, reason: str | None) -> int:
     from dbtstream.follow import user_name
 
-    async with _connect(nats) as client:
+    async with connect(nats) as client:
         run_id = await find_run(client, run)
         answer: CancelAccepted = await client.cancel(run_id, by=user_name(), reason=reason)
     if answer.status.is_terminal:
@@ -262,15 +288,17 @@ async def cancel(nats: NatsConfig, run: str, *, reason: str | None) -> int:
     return 0
 
 
-def _connect(nats: NatsConfig) -> AbstractAsyncContextManager[Client]:
+def connect(nats: NatsConfig) -> AbstractAsyncContextManager[Client]:
     return Client.connect(config=nats, name=CLIENT_NAME, timeout_s=CONNECT_S)
 
 
 async def find_run(client: Client, text: str) -> str:
     """A run id, the beginning or the end of just one of the recent ones, or `last`."""
-    if is_run_id(text):
-        return text
-    runs: list[RunView] = (await client.list(limit=RECENT)).runs
+    return text if is_run_id(text) else pick_run(text, (await client.list(limit=RECENT)).runs)
+
+
+def pick_run(text: str, runs: Sequence[RunView]) -> str:
+    """Of these, newest first, the one that `text` means. Raises RunNotFound."""
     if text == "last" and runs:
         return runs[0].run_id
     found = [r.run_id for r in runs if r.run_id.startswith(text) or r.run_id.endswith(text)]
@@ -367,7 +395,7 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _console() -> "Console":
+def console_of_stdout() -> "Console":
     """Into a pipe or a file, tables are as wide as they need to be."""
     from rich.console import Console
 

@@ -63,6 +63,9 @@ DEFAULT_PASS_ENV = (
 NEVER_PASS_ENV = ("DBTSTREAM_", "NATS_", "OTEL_")
 """Not even `pass_env = ["*"]` hands these to dbt: they are the daemon's own."""
 
+MAX_LIMIT = 1000
+"""Each place under a limit is a lease of its own, looked for one by one."""
+
 DEFAULT_TARGET = "default"
 """A target of this name means: whatever target the profile says."""
 
@@ -119,8 +122,13 @@ class WorkerConfig(Section, frozen=True, kw_only=True):
     cancel_grace_s: float = 30.0  # interrupted dbt may take so long before SIGTERM
     kill_grace_s: float = 10.0  # and so long after SIGTERM before SIGKILL
     handshake_timeout_s: float = 60.0  # process start to dbt imported
-    ack_wait_s: float = 90.0  # without a heartbeat for so long, another worker gets the run
-    heartbeat_s: float = 15.0
+    on_drain: Literal["cancel", "hand_over"] = "cancel"  # of dbt that is not done by then
+    ack_wait_s: float = 90.0  # without a heartbeat for so long, another worker gets the request
+    lease_ttl_s: int = 120  # and without one for so long, it may take over the run
+    heartbeat_s: float = 15.0  # of requests and leases
+    cut_off: Literal["auto", "stop", "go_on"] = "auto"  # dbt, when its lease cannot be renewed
+    max_attempts: int = 5  # of a run whose workers die; then it is lost
+    max_deliveries: int = 1000  # of a request that no worker settles; then it is a dead letter
     outbox_max_bytes: int = 1024**3  # per run
     keep_runs: int = 50  # folders of so many ended runs stay on disk, per project and target
 
@@ -151,6 +159,8 @@ class ProjectConfig(Section, frozen=True, kw_only=True):
     query_sql: bool = False  # with the SQL text
     timeout_s: float | None = None
     silence_timeout_s: float | None = None
+    on_lost: Literal["resume", "restart", "fail"] = "resume"  # for runs whose worker died
+    limits: tuple[str, ...] = ()  # of the table [limits], each taken for as long as dbt runs
     content_type: Literal["application/json", "application/msgpack"] = "application/json"
     labels: dict[str, str] = {}
 
@@ -160,6 +170,7 @@ class Config(Section, frozen=True, kw_only=True):
     streams: StreamsConfig = StreamsConfig()
     worker: WorkerConfig = WorkerConfig()
     log: LogConfig = LogConfig()
+    limits: dict[str, int] = {}  # dbt processes at one time, over all workers, by name
     projects: dict[str, ProjectConfig] = {}
     source: str = "defaults"  # where it came from, for messages; not a key of the file
 
@@ -236,11 +247,30 @@ def _convert(tables: dict[str, Any], source: str) -> Config:
                 name: _section(table, ProjectConfig, source, f"projects.{name}")
                 for name, table in value.items()
             }
+        elif key == "limits":
+            sections[key] = _limits(value, source)
         else:
             raise ConfigError(
-                source, key, "no such table", f"accepted: {', '.join([*kinds, 'projects'])}"
+                source,
+                key,
+                "no such table",
+                f"accepted: {', '.join([*kinds, 'limits', 'projects'])}",
             )
     return Config(**sections, source=source)
+
+
+def _limits(value: Any, source: str) -> dict[str, int]:
+    """`{warehouse = 4}`: how many dbt processes may share what goes by this name."""
+    try:
+        limits = msgspec.convert(value, dict[str, int])
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            source, "limits", str(error), "names with whole numbers, like warehouse = 4"
+        ) from error
+    for name, count in limits.items():
+        if not 1 <= count <= MAX_LIMIT:
+            raise ConfigError(source, f"limits.{name}", f"is {count}; it must be 1 to {MAX_LIMIT}")
+    return limits
 
 
 def _section(value: Any, kind: type[Section], source: str, key: str) -> Any:
@@ -295,17 +325,25 @@ def _check(config: Config, base: Path) -> Config:
     _check_durations(source, "nats", config.nats)
     _check_durations(source, "streams", config.streams)
     _check_durations(source, "worker", worker)
-    for key, low in (("slots", 1), ("keep_runs", 0), ("outbox_max_bytes", 1024 * 1024)):
+    for key, low in (
+        ("slots", 1),
+        ("keep_runs", 0),
+        ("outbox_max_bytes", 1024 * 1024),
+        ("lease_ttl_s", 3),
+        ("max_attempts", 1),
+        ("max_deliveries", 1),
+    ):
         if getattr(worker, key) < low:
             raise ConfigError(source, f"worker.{key}", f"must be at least {low}")
-    if worker.heartbeat_s * 3 > worker.ack_wait_s:
-        raise ConfigError(
-            source, "worker.heartbeat_s", "must be at most a third of worker.ack_wait_s"
-        )
+    for key in ("ack_wait_s", "lease_ttl_s"):
+        if worker.heartbeat_s * 3 > getattr(worker, key):
+            raise ConfigError(
+                source, "worker.heartbeat_s", f"must be at most a third of worker.{key}"
+            )
     if not config.nats.servers:
         raise ConfigError(source, "nats.servers", "is empty", 'such as ["nats://host:4222"]')
     projects = {
-        name: _check_project(name, project, source, base)
+        name: _check_project(name, project, config, base)
         for name, project in config.projects.items()
     }
     state_dir = _absolute(base, worker.state_dir) if worker.state_dir else ""
@@ -350,8 +388,8 @@ def _absolute(base: Path, path: str) -> str:
     return str((base / Path(path).expanduser()).absolute())
 
 
-def _check_project(name: str, project: ProjectConfig, source: str, base: Path) -> ProjectConfig:
-    key = f"projects.{name}"
+def _check_project(name: str, project: ProjectConfig, config: Config, base: Path) -> ProjectConfig:
+    key, source = f"projects.{name}", config.source
     if not NAME.fullmatch(name):
         raise ConfigError(source, key, _name_rule(name))
     if not project.targets:
@@ -373,6 +411,14 @@ def _check_project(name: str, project: ProjectConfig, source: str, base: Path) -
         raise ConfigError(
             source, f"{key}.run_operations", "names macros, but commands lacks run-operation"
         )
+    for limit in project.limits:
+        if limit not in config.limits:
+            raise ConfigError(
+                source,
+                f"{key}.limits",
+                f"there is no limit {limit!r}",
+                f"the table [limits] has {', '.join(config.limits) or 'none'}",
+            )
     for variable in project.env:
         if variable in project.secrets:
             raise ConfigError(source, f"{key}.env.{variable}", "is also in secrets; keep one")

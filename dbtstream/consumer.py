@@ -93,6 +93,8 @@ class RequestConsumer:
             await self._link.js.add_consumer(
                 RUNS_STREAM,
                 ConsumerConfig(
+                    # With `name`, nats-py asks over the subject that ends with the filter.
+                    name=name,
                     durable_name=name,
                     description=f"run requests of {self.subject}",
                     filter_subject=self.subject,
@@ -100,8 +102,9 @@ class RequestConsumer:
                     ack_policy=AckPolicy.EXPLICIT,
                     ack_wait=self._config.worker.ack_wait_s,
                     max_ack_pending=1,
-                    # A drain counts as a delivery too; runs that fail are counted in their state.
-                    max_deliver=-1,
+                    # A drain counts as a delivery too, so it is high; attempts of a run are
+                    # counted in its state. What reaches it is for `stuck_requests`.
+                    max_deliver=self._config.worker.max_deliveries,
                     inactive_threshold=self._config.streams.idle_consumer_s,
                 ),
             )

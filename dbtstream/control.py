@@ -26,6 +26,7 @@ from dbtstream.config import Config
 from dbtstream.consumer import durable_name
 from dbtstream.errors import DbtstreamError, NatsError, NatsUnavailable, RequestRejected
 from dbtstream.execution import Services
+from dbtstream.job import checked_args
 from dbtstream.messages import (
     CancelAccepted,
     CancelRequest,
@@ -43,14 +44,12 @@ from dbtstream.messages import (
     encode,
 )
 from dbtstream.nats_link import NatsLink
-from dbtstream.policy import check_args
-from dbtstream.recovery import finish_unstarted
+from dbtstream.recovery import finish_waiting
 from dbtstream.statuses import RunStatus
 from dbtstream.store import RevisionConflict
 from dbtstream.subjects import (
     CONTROL,
     CONTROL_CANCEL,
-    CONTROL_OWNS,
     H_MSG_ID,
     H_RUN_ID,
     H_TRACEPARENT,
@@ -60,7 +59,7 @@ from dbtstream.subjects import (
     new_run_id,
     runs_subject,
 )
-from dbtstream.worker import Worker, refuse_what_is_not_built
+from dbtstream.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +135,6 @@ class Control:
                     )
                 )
             await self._link.client.subscribe(CONTROL_CANCEL, cb=self._cancel_here)
-            await self._link.client.subscribe(CONTROL_OWNS, cb=self._owns)
             # A round trip behind the subscriptions: from here on they are the server's, too
             # (nats-py's own flush may overtake what it has buffered).
             await self._link.js.stream_info(RUNS_STREAM)
@@ -171,10 +169,9 @@ class Control:
         request = submit.request
         target = submit.target or self._default_target(submit.project)
         await self._check_served(submit.project, target)
-        refuse_what_is_not_built(request)
         project = self._config.projects.get(submit.project)
         if project is not None:
-            check_args(request.args, project)
+            await checked_args(self._store, submit.project, project, target, request)
         request_id = request.request_id or headers.get(H_MSG_ID)
         request = msgspec.structs.replace(request, request_id=request_id)
         run_id = new_run_id(datetime.now(UTC))
@@ -223,8 +220,9 @@ class Control:
         view, revision = stored
         if view.status.is_terminal:
             return CancelAccepted(run_id=view.run_id, status=view.status)
-        if view.attempt == 0 and await self._take_from_queue(view):
-            await finish_unstarted(
+        waits = view.status is RunStatus.QUEUED and (view.attempt == 0 or view.worker is None)
+        if waits and await self._take_from_queue(view):
+            await finish_waiting(
                 self._services, view, revision, by=cancel.by or "control", reason=cancel.reason
             )
             return CancelAccepted(run_id=view.run_id, status=RunStatus.QUEUED)
@@ -250,15 +248,8 @@ class Control:
             cancel.run_id, by=cancel.by or "control", text=cancel.reason
         ):
             await message.respond(
-                encode(CancelAccepted(run_id=cancel.run_id, status=execution.status))
+                encode(CancelAccepted(run_id=cancel.run_id, status=execution.view.status))
             )
-
-    async def _owns(self, message: Msg) -> None:
-        """A worker that was handed a run of ours asks whether we are still at it."""
-        if message.subject != CONTROL_OWNS or not _is_inbox(message.reply):
-            return
-        if message.data.decode("ascii", "replace") in self._worker.executions:
-            await message.respond(self._config.worker_name.encode())
 
     async def _get(self, data: bytes, _: dict[str, str]) -> Reply:
         get = msgspec.json.decode(data, type=GetRequest)

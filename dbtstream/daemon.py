@@ -1,27 +1,32 @@
 """The life of a worker process: start, run, drain, stop, in the order in which they happen.
 
-    start   connect, create streams, publish what a predecessor left, open for requests
+    start   connect, create streams, settle what a predecessor left, open for requests
     run     until somebody asks for a stop or a part of the daemon dies
-    drain   no new request; running dbt may go on for `drain_timeout_s`, then it is cancelled
+    drain   no new request, and those that wait go back; running dbt may go on for
+            `drain_timeout_s`, then it is cancelled or handed over (`on_drain`)
     stop    control signs off, states and events are written, connections close
 
-SIGTERM and SIGINT ask for the drain; a second one cancels at once, a third one leaves.
+SIGTERM and SIGINT ask for the drain; a second one ends dbt at once, a third one leaves.
 """
 
 import asyncio
 import fcntl
 import logging
 import signal
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import dbtstream
-from dbtstream.config import Config
-from dbtstream.control import Control
-from dbtstream.errors import ConfigError, NatsRefused
+from dbtstream.artifact_store import ArtifactStore
+from dbtstream.config import Config, WorkerConfig
+from dbtstream.control import OWNER_ANSWERS_S, Control
+from dbtstream.errors import ConfigError, NatsRefused, Superseded
 from dbtstream.execution import Services
+from dbtstream.nats_connection import CLOSE_LIMIT_S
 from dbtstream.nats_link import NatsLink
 from dbtstream.outbox import Outbox
+from dbtstream.predecessor import settle_predecessor
 from dbtstream.publishers.jetstream import JetStreamPublisher
+from dbtstream.run_lease import Leases
 from dbtstream.store import NodeStates, Store
 from dbtstream.streams import check_streams, ensure_streams
 from dbtstream.worker import Worker
@@ -115,10 +120,20 @@ class Daemon:
     async def _work(self, queue: NatsLink, events: NatsLink) -> None:
         store = Store(queue)
         node_states = NodeStates(store)
-        services = Services(self.config, events, store, node_states)
-        worker = self.worker = Worker(self.config, queue, services)
+        services = Services(self.config, events, store, node_states, ArtifactStore(events))
+        limits = self.config.worker
+        leases = Leases(
+            queue,
+            worker=self.config.worker_name,
+            ttl_s=limits.lease_ttl_s,
+            renew_s=limits.heartbeat_s,
+            cut_off=limits.cut_off,
+        )
+        worker = self.worker = Worker(self.config, queue, services, leases)
         async with asyncio.TaskGroup() as parts:
-            leftovers = parts.create_task(self._publish_leftovers(events), name="leftovers")
+            leftovers = parts.create_task(
+                self._settle_leftovers(queue, events, leases), name="leftovers"
+            )
             # A redelivered run is judged by its stored events: those must be out before.
             await asyncio.wait({leftovers}, timeout=LEFTOVERS_S)
             states = parts.create_task(node_states.run(), name="node states")
@@ -143,6 +158,10 @@ class Daemon:
                 "to serve", "; ".join(problems), "`dbtstream setup` creates what is missing"
             )
 
+    async def _settle_leftovers(self, queue: NatsLink, events: NatsLink, leases: Leases) -> None:
+        await self._publish_leftovers(events)
+        await settle_predecessor(self.config, queue, leases)
+
     async def _publish_leftovers(self, link: NatsLink) -> None:
         """Events that a predecessor on this machine had on disk and not in JetStream."""
         directory = self.config.state_dir / "outbox"
@@ -151,16 +170,17 @@ class Daemon:
         ):
             publisher = JetStreamPublisher(link, outbox)
             outbox.close_input()
-            await publisher.run()
+            facts: dict[str, Any] = {"action": "daemon.leftovers", "run_id": outbox.run_id}
+            try:
+                await publisher.run()
+            except Superseded as error:
+                # It has told of them as lost, and run them again: what we know is old.
+                facts |= {"problem": str(error), "events": outbox.stats.waiting}
+                logger.warning("another worker has what a predecessor left", extra=facts)
+            else:
+                facts |= {"events": publisher.stats.sent}
+                logger.warning("published what a predecessor had left", extra=facts)
             await outbox.remove()
-            logger.warning(
-                "published what a predecessor had left",
-                extra={
-                    "action": "daemon.leftovers",
-                    "run_id": outbox.run_id,
-                    "events": publisher.stats.sent,
-                },
-            )
 
     async def _until_stop(self, working: asyncio.Task[None]) -> None:
         stopped = asyncio.ensure_future(self._stop_asked.wait())
@@ -168,7 +188,7 @@ class Daemon:
         stopped.cancel()
 
     async def _drain(self, worker: Worker, working: asyncio.Task[None]) -> None:
-        """No new request; what runs may go on for a while, is then cancelled, is then left."""
+        """No new request; what runs may go on for a while, is then ended, is then left."""
         worker.stop()
         if worker.executions:
             logger.info(
@@ -182,7 +202,7 @@ class Daemon:
         limits = self.config.worker
         if await self._done(working, self._hurry, limits.drain_timeout_s):
             return
-        worker.cancel_all(by="shutdown")
+        worker.end_all(by="shutdown")
         ladder_s = limits.cancel_grace_s + limits.kill_grace_s + CLOSE_S
         if await self._done(working, self._leave, ladder_s):
             return
@@ -202,6 +222,17 @@ class Daemon:
         )
         impatient.cancel()
         return working.done()
+
+
+def stop_budget_s(worker: WorkerConfig) -> float:
+    """What a stop may take at the most, all steps together: a service manager must wait longer."""
+    drain_s = worker.drain_timeout_s
+    ladder_s = worker.cancel_grace_s + worker.kill_grace_s + CLOSE_S
+    left_s = CLOSE_S  # runs that had to be left
+    written_s = CLOSE_S  # states and events
+    control_s = OWNER_ANSWERS_S
+    links_s = 2 * 2 * CLOSE_LIMIT_S  # flush and close, of both connections
+    return drain_s + ladder_s + left_s + written_s + control_s + links_s
 
 
 def own_state_dir(config: Config) -> BinaryIO:

@@ -3,12 +3,14 @@
 The other side is `dbt_child/`, started by path in the project's interpreter, in a session of
 its own. Frames come over a pipe that only we and the child hold; stdout and stderr are text,
 of which the last bytes are kept and nothing is parsed. Control is lines on the child's stdin;
-closing it (or dying) tells the child to cancel dbt.
+closing it (or dying) tells the child to cancel dbt, and so does a deadline that passes: the
+child keeps it by itself, however long we are not there to ask.
 """
 
 import asyncio
 import contextlib
 import os
+import re
 import signal
 from collections import deque
 from collections.abc import AsyncIterator
@@ -18,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from dbtstream.errors import ChildCrashed, ChildNotStarted, EngineRefused, HandshakeTimeout
+from dbtstream.events import MAX_TEXT_BYTES
 from dbtstream.frames import (
     CONTROL_CANCEL,
     LENGTH_BYTES,
@@ -26,6 +29,7 @@ from dbtstream.frames import (
     Hello,
     Refused,
     Start,
+    deadline_line,
     decode_frame,
     frame_length,
 )
@@ -36,7 +40,14 @@ PIPE_BUFFER_BYTES = 1024 * 1024
 EXIT_S = 30.0
 """After its last frame the child only has to leave; longer than this and it is killed."""
 
+MAX_UNREAD_BYTES = 80 * 1024
+"""Of control lines in our memory: what may be left of a long `Start` (64 KiB), and then some."""
+
+STACK_LOOK_S = 0.1
+"""A stack dump has no end mark; one that has not grown for so long is whole."""
+
 _NO_OOM_COUNTER = -1
+_STACK_HEAD = re.compile(r"^(?=Thread 0x|Current thread 0x)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +67,12 @@ class DbtProcess:
         process: asyncio.subprocess.Process,
         frames: asyncio.StreamReader,
         pipe: asyncio.BaseTransport,
+        stack_file: Path | None,
     ) -> None:
         self.pid = process.pid
+        self._greeted = False
+        self._early: list[AnyFrame] = []
+        self._stack_file = stack_file
         self._process = process
         self._frames = frames
         self._pipe = pipe
@@ -93,22 +108,28 @@ class DbtProcess:
         pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(frames), os.fdopen(reading, "rb", 0)
         )
-        child = cls(process, frames, pipe)
+        stack_file = Path(start.stack_file) if start.stack_file else None
+        child = cls(process, frames, pipe, stack_file)
         child._oom_kills = await asyncio.to_thread(_oom_kills)
         await child._tell(msgspec.json.encode(start) + b"\n")
         return child
 
     async def hello(self, *, timeout_s: float) -> Hello:
-        """The first frame. Raises HandshakeTimeout, EngineRefused, ChildCrashed."""
+        """What comes first, and is the first frame but for a `Cancelling`, which `frames` tells.
+
+        Raises HandshakeTimeout, EngineRefused, ChildCrashed.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 first = await self._next()
                 while isinstance(first, Cancelling):  # asked to stop while dbt was imported
+                    self._early.append(first)
                     first = await self._next()
         except TimeoutError:
             raise HandshakeTimeout(timeout_s, self.output_tail) from None
         match first:
             case Hello():
+                self._greeted = True
                 return first
             case Refused():
                 raise EngineRefused(first.code, first.message, first.engine)
@@ -127,12 +148,44 @@ class DbtProcess:
 
         An end without a Result is not judged here: `normalizer` knows what was missing.
         """
+        while self._early:
+            yield self._early.pop(0)
         while (frame := await self._next()) is not None:
             yield frame
 
     async def cancel(self) -> None:
         """Ask for KeyboardInterrupt in dbt's main thread. Safe to call when it has gone."""
         await self._tell(CONTROL_CANCEL)
+
+    def set_deadline(self, stop_at: float, kill_at: float) -> None:
+        """When the child cancels dbt and when it kills itself, in times of `frames.clock_s`.
+
+        Never waits, and may come before Hello and after the end. A child that does not read is
+        frozen or gone, so lines that would pile up are left out.
+        """
+        stdin = self._process.stdin
+        assert stdin is not None  # noqa: S101 - PIPE was asked for
+        pipe = stdin.transport
+        if pipe.is_closing() or pipe.get_write_buffer_size() > MAX_UNREAD_BYTES:
+            return
+        with contextlib.suppress(ConnectionError, RuntimeError):
+            stdin.write(deadline_line(stop_at, kill_at))
+
+    async def stack(self, *, timeout_s: float) -> str | None:
+        """Where each of the child's threads is now; None if it does not say so in time.
+
+        Only once Hello is there: before, the child may not know the signal and would die of it.
+        """
+        file = self._stack_file
+        if file is None or not self._greeted or self._process.returncode is not None:
+            return None
+        before = await asyncio.to_thread(_size, file)
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                return cut_stack(await _settled(file, before))
+        return None
 
     def terminate(self) -> None:
         """SIGTERM to the child: once more a clean cancel, by another road."""
@@ -209,6 +262,54 @@ class DbtProcess:
             self._tail_bytes += len(chunk)
             while self._tail_bytes - len(self._tail[0]) >= TAIL_BYTES:
                 self._tail_bytes -= len(self._tail.popleft())
+
+
+async def _settled(file: Path, begin: int) -> str:
+    """What a file has from there on, when it has something and has stopped growing."""
+    dump = b""
+    while True:
+        await asyncio.sleep(STACK_LOOK_S)
+        now = await asyncio.to_thread(_read, file, begin)
+        if now and now == dump:
+            return dump.decode("utf-8", "replace")
+        dump = now
+
+
+def cut_stack(text: str, limit: int = MAX_TEXT_BYTES) -> str:
+    """A dump of faulthandler within `limit` bytes: of each thread the calls it made last.
+
+    All threads lose equally many of their outer calls; if a line of each is still too much,
+    those threads remain that were started last, which are dbt's workers.
+    """
+    shorter = text
+    if len(shorter.encode()) <= limit:
+        return shorter
+    threads = [part.splitlines(keepends=True) for part in _STACK_HEAD.split(text) if part]
+    for kept in range(max(map(len, threads)), 1, -1):
+        shorter = "".join(_first_lines(lines, kept) for lines in threads)
+        if len(shorter.encode()) <= limit:
+            return shorter
+    return shorter.encode()[:limit].decode("utf-8", "ignore")
+
+
+def _first_lines(lines: list[str], count: int) -> str:
+    return "".join(lines if len(lines) <= count else [*lines[:count], "  ...\n"])
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def _read(file: Path, begin: int) -> bytes:
+    try:
+        with file.open("rb") as stacks:
+            stacks.seek(begin)
+            return stacks.read()
+    except OSError:
+        return b""
 
 
 def _oom_kills() -> int:

@@ -188,12 +188,12 @@ class NatsServer:
                 ("ports", self.store_dir / PORTS_DIR),
             )
         }
-        sync = "sync_interval: always" if self._sync_always else ""
+        sync = ", sync_interval: always" if self._sync_always else ""
         self._config_path.write_text(
             f"listen: 127.0.0.1:{self.port}\n"
             f"log_file: {quoted['log']}\n"
             f"ports_file_dir: {quoted['ports']}\n"
-            f"jetstream {{ store_dir: {quoted['store']} {sync} }}\n"
+            f"jetstream {{ store_dir: {quoted['store']}{sync} }}\n"
             f"{self._config_extra}\n",
             encoding="utf-8",
         )

@@ -36,7 +36,7 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorBlock | None = None
     oom: bool = False  # killed, and the kernel says it was for memory
     stderr_tail: str | None = None
-    stop: Reason | None = None  # CANCELLED or TIMEOUT, when we stopped it
+    stop: Reason | None = None  # CANCELLED, TIMEOUT or HANDED_OVER, when we stopped it
 
     @classmethod
     def of_error(
@@ -61,7 +61,7 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
 class Stopping:
     """What is known, while dbt runs, of somebody's wish that it should not."""
 
-    stop: Reason | None = None  # CANCELLED or TIMEOUT
+    stop: Reason | None = None  # CANCELLED, TIMEOUT or HANDED_OVER
     by: str | None = None
     reason: str | None = None
     steps: set[str] = field(default_factory=set)  # rungs that have been told
@@ -101,7 +101,11 @@ class Leftover(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _EXIT_STATUS = {0: RunStatus.SUCCESS, 1: RunStatus.FAILURE}
-_STOP_STATUS = {Reason.CANCELLED: RunStatus.CANCELLED, Reason.TIMEOUT: RunStatus.TIMED_OUT}
+_STOP_STATUS = {
+    Reason.CANCELLED: RunStatus.CANCELLED,
+    Reason.TIMEOUT: RunStatus.TIMED_OUT,
+    Reason.HANDED_OVER: RunStatus.LOST,
+}
 
 
 def run_status(ending: Ending, result: Result | None) -> RunStatus:

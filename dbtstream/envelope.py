@@ -37,7 +37,9 @@ class RunContext(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
     position: int = 0
     first_seq: int = 1
+    began_at: datetime | None = None  # when the first attempt did, in a later one
     trace_id: str | None = None  # of the requester's traceparent; else the run id's own
+    objects: dict[str, str] = {}  # kind of artifact -> where it will be in the Object Store
     target_path: str | None = None  # artifacts below it are named relative to it
     expected_s: float | None = None
 

@@ -15,7 +15,9 @@ DbtstreamError
 │   │   └── NobodyListens  the subject has no responder now         (nats_errors)
 │   └── NatsRefused        the server said no (permissions, limits): retrying will not help
 │       ├── JetStreamRefused   with JetStream's error code          (nats_errors)
-│       └── RevisionConflict   a KV key has moved on                (state_bucket)
+│       └── RevisionConflict   a KV key has moved on                (kv_bucket)
+├── LeaseLost              another worker may have the run: end dbt now, publish no verdict
+├── Superseded             another worker has the run: stop, publish and settle nothing
 ├── IllegalMove            a bug: a run was moved to a state that cannot follow
 └── RunNotFound            nothing is known of that run
 
@@ -113,6 +115,25 @@ class NatsRefused(NatsError):
     def __init__(self, operation: str, problem: str, hint: str = "") -> None:
         self.operation, self.problem = operation, problem
         super().__init__(f"NATS refused {operation}: {problem}" + (f" ({hint})" if hint else ""))
+
+
+class LeaseLost(DbtstreamError):
+    """A lease that we held is somebody else's. `holder` is None if nobody has it any more."""
+
+    def __init__(self, key: str, holder: str | None) -> None:
+        self.key, self.holder = key, holder
+        super().__init__(
+            f"the lease {key} was lost: "
+            + (f"worker {holder} has it" if holder else "another had it and gave it up")
+        )
+
+
+class Superseded(DbtstreamError):
+    """A lease of ours was over without our knowing, and another one has followed it."""
+
+    def __init__(self, run_id: str, fence: int, how: object) -> None:
+        self.run_id, self.fence = run_id, fence
+        super().__init__(f"run {run_id} is no longer ours under fence {fence}: {how}")
 
 
 class IllegalMove(DbtstreamError):

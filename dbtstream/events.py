@@ -20,7 +20,7 @@ MAX_TEXT_BYTES = 8 * 1024
 """Longer messages are cut, and the field beside them says `truncated: true`."""
 
 MAX_PLAN_BYTES = 512 * 1024
-"""A plan whose node list is longer is sent without it (`nodes_status: "too_large"`)."""
+"""A plan whose node list is longer is sent in parts of about that size (`run.plan_part`)."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", omit_defaults=False):
@@ -161,6 +161,9 @@ class ArtifactRef(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     sha256: str | None = None
     size: int | None = None
+    object: str | None = (
+        None  # bucket/name in the Object Store, there when the run's state is terminal
+    )
 
 
 class RunQueued(Event, frozen=True, kw_only=True, tag="run.queued"):
@@ -173,6 +176,23 @@ class RunQueued(Event, frozen=True, kw_only=True, tag="run.queued"):
     position: int = 0  # requests of the same project and target that are ahead
     requested_by: str | None = None
     reason: str | None = None
+
+
+class RunLeased(Event, frozen=True, kw_only=True, tag="run.leased"):
+    """A worker holds the run from here on, by a lease whose revision is its `fence`.
+
+    Once per lease: with the run's first attempt, and whenever another worker (or the same one
+    anew) takes over. From here on the stream refuses events of an older fence. `cause` is
+    `first`, `worker_lost` or `handed_over`; for the latter two, `previous_worker` had the
+    attempt that is closed by the events that follow, and `decision` says what comes then:
+    resume, restart, fail, or none when the run had ended.
+    """
+
+    family: ClassVar[str] = "run"
+
+    cause: str
+    decision: str | None = None
+    previous_worker: str | None = None
 
 
 class RunRejected(Event, frozen=True, kw_only=True, tag="run.rejected"):
@@ -214,9 +234,20 @@ class RunPlanned(Event, frozen=True, kw_only=True, tag="run.planned"):
 
     node_count: int  # without hooks, which are not selected but do get node events
     nodes: list[PlanEntry] | None = None
-    nodes_status: str = "complete"  # or too_large, no_nodes, unavailable: …
+    nodes_status: str = "complete"  # or in_parts, no_nodes, unavailable: …
     manifest_hash: str | None = None
     expected_s: float | None = None
+    parts: int = 0  # `run.plan_part` events that follow at once, where nodes_status is in_parts
+
+
+class RunPlanPart(Event, frozen=True, kw_only=True, tag="run.plan_part"):
+    """A part of the node list of a plan that is too long for one event: 1, 2, … `parts`."""
+
+    family: ClassVar[str] = "run"
+
+    part: int
+    parts: int
+    nodes: list[PlanEntry]
 
 
 class RunProgress(Event, frozen=True, kw_only=True, tag="run.progress"):
@@ -241,6 +272,7 @@ class RunCancel(Event, frozen=True, kw_only=True, tag="run.cancel"):
     by: str | None = None
     reason: str | None = None
     cancelled_queries: list[str] = []
+    stack: str | None = None  # of dbt's threads, where silence was the reason
 
 
 class RunFinished(Event, frozen=True, kw_only=True, tag="run.finished"):
@@ -365,7 +397,9 @@ class ArtifactWritten(Event, frozen=True, kw_only=True, tag="artifact.written"):
     path: str
     sha256: str | None = None
     size: int | None = None
-    object: str | None = None  # bucket/key in the Object Store
+    object: str | None = (
+        None  # bucket/name in the Object Store, there when the run's state is terminal
+    )
 
 
 class Gap(Event, frozen=True, kw_only=True, tag="gap"):
@@ -386,9 +420,11 @@ class Gap(Event, frozen=True, kw_only=True, tag="gap"):
 
 AnyEvent = (
     RunQueued
+    | RunLeased
     | RunRejected
     | RunStarted
     | RunPlanned
+    | RunPlanPart
     | RunProgress
     | RunCancel
     | RunFinished

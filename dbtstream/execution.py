@@ -3,65 +3,66 @@
     workspace → dbt_process → frames → normalizer → outbox → JetStream
                                              ↘ run state and node states in KV
 
-`worker` decides that a run begins; this module carries it through. dbt is never made to
-wait for NATS: events go to the outbox, states are written behind. What ends the run, ends
-it here, in this order: every node has its terminal event, `run.finished` is stored, the
-state is terminal; only then does `worker` settle the request.
+`worker` decides that a run begins and holds its lease; this module carries it through. dbt is
+never made to wait for NATS: events go to the outbox, states are written behind. What ends the
+run, ends it here, in this order: every node has its terminal event, `run.finished` is stored,
+the artifacts are, the state is terminal; only then does `worker` settle the request.
+
+An attempt may end without a verdict. Handed over or cut off from NATS, it closes its nodes and
+gives the run back; superseded by another worker, it publishes nothing more and settles nothing.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import Enum
+from typing import Any
 
 import msgspec
 
-from dbtstream.config import DEFAULT_TARGET, Config, ProjectConfig
+from dbtstream.artifact_store import ArtifactStore
+from dbtstream.attempt_events import AttemptEvents
+from dbtstream.config import Config
 from dbtstream.dbt_process import EXIT_S, DbtProcess, Exit
 from dbtstream.endings import Ended, Ending
 from dbtstream.envelope import RunContext
-from dbtstream.errors import ChildCrashed, ChildError, ConfigError
-from dbtstream.events import AnyEvent, ErrorBlock, NodeFinished, RunFinished, encode_event
-from dbtstream.frames import AnyFrame, Hello, Invocation, Result, Start
-from dbtstream.messages import RunRequest, RunView
+from dbtstream.errors import ChildCrashed, ChildError, ConfigError, NatsError, Superseded
+from dbtstream.events import JSON, AnyEvent, ErrorBlock
+from dbtstream.frames import AnyFrame, Hello, Invocation, Result
+from dbtstream.job import (
+    Job,
+    StateMissing,
+    bring_state,
+    child_start,
+    keep_artifacts,
+    object_names,
+)
+from dbtstream.messages import OnLost, RunView
 from dbtstream.nats_link import NatsLink
 from dbtstream.normalizer import Normalizer
-from dbtstream.outbox import Outbox, Record
-from dbtstream.policy import DbtArgs, worker_args
+from dbtstream.outbox import Outbox
+from dbtstream.predecessor import Mark, forget_mark, write_mark
+from dbtstream.publishers.fence import EventFence
 from dbtstream.publishers.jetstream import JetStreamPublisher
+from dbtstream.resume import FIRST
+from dbtstream.run_lease import RunLease
 from dbtstream.run_state import RunState
 from dbtstream.scrub import Scrubber
 from dbtstream.statuses import Reason, RunStatus
 from dbtstream.store import NodeStates, Store
-from dbtstream.subjects import event_headers, event_subject
-from dbtstream.trace import TraceParent, span_id_of, trace_id_of
+from dbtstream.trace import span_id_of, trace_id_of
+from dbtstream.watchdog import Stop, Watchdog
 from dbtstream.workspace import Workspace, keep_parse_cache, prepare_workspace
 
 logger = logging.getLogger(__name__)
 
 FRAMES_PER_TURN = 32
 """After so many frames that were already there, other tasks get the loop."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A request that may run: checked, named, and with its place in the queue."""
-
-    run_id: str
-    project_name: str
-    project: ProjectConfig
-    target: str
-    request: RunRequest
-    request_id: str | None
-    dbt: DbtArgs
-    request_seq: int
-    stored_at: datetime
-    position: int = 0
-    parent: TraceParent | None = None
-    tracestate: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,85 +73,111 @@ class Services:
     events_link: NatsLink
     store: Store
     node_states: NodeStates
+    artifacts: ArtifactStore
+
+    def content_type(self, project: str) -> str:
+        """Of the project's events; JSON for a project that is not ours."""
+        known = self.config.projects.get(project)
+        return known.content_type if known else JSON
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
-    """Why dbt is to stop."""
+class Held:
+    """The run in our hands, before the attempt begins: its state is stored with our fence."""
 
-    reason: Reason  # CANCELLED or TIMEOUT
-    by: str
-    text: str | None = None
+    view: RunView
+    revision: int
+    lease: RunLease
+    fence: EventFence
+    reply: str  # where the request is settled; for our successor, should we die
+    earlier: Sequence[AnyEvent] = ()  # all that is published of the run
+    resume: bool = False  # only nodes without success
+
+
+Admission = Callable[[Workspace], Awaitable[None]]
+"""Returns when dbt may be started. Cancelled when it is not to be."""
+
+
+class Outcome(Enum):
+    """What is to become of the request."""
+
+    ENDED = "ended"  # its run has a verdict: ack
+    GIVEN_BACK = "given_back"  # it goes on elsewhere: nak
+    SUPERSEDED = "superseded"  # somebody else has it: leave it alone
 
 
 class Execution:
     """One attempt. `run` once; `stop` at any time, as often as one likes."""
 
-    def __init__(
-        self, job: Job, services: Services, *, view: RunView, revision: int | None
-    ) -> None:
+    def __init__(self, job: Job, services: Services, held: Held) -> None:
         self.job = job
-        self._services = services
-        self._worker = services.config.worker
-        self._state = RunState(services.store, view, revision)
+        self._services, self._held = services, held
+        self._config = services.config
+        self._state = RunState(services.store, held.view, held.revision)
+        self._watchdog = Watchdog(
+            job.run_id,
+            self._config.worker,
+            timeout_s=job.request.timeout_s or job.project.timeout_s,
+            silence_s=job.request.silence_timeout_s or job.project.silence_timeout_s,
+            tell=self._tell_rung,
+        )
         self._normalizer: Normalizer
+        self._events: AttemptEvents
         self._outbox: Outbox
-        self._stop: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
-        self._last_frame_s = 0.0
-        self._saw_result = False
+        self._result: Result | None = None
         self._scrubber = Scrubber.for_environment(os.environ, ())
-        self.verdict: RunFinished | None = None
+        self._superseded: Superseded | None = None
+        self._has_started = False
+        self._command = job.dbt.command
 
     @property
-    def status(self) -> RunStatus:
-        return self._state.view.status
+    def view(self) -> RunView:
+        return self._state.view
 
-    async def run(self) -> RunStatus:
-        """Carry the run to its terminal status and see that the world knows of it."""
-        job = self.job
+    @property
+    def attempt(self) -> int:
+        return self._state.view.attempt
+
+    async def run(self, admission: Admission) -> Outcome:
+        """Carry the run to its end and see that the world knows of it.
+
+        `admission` returns when dbt may be started: limits and slots are `worker`'s business.
+        """
         workspace = await self._prepare()
         self._normalizer = Normalizer(self._context(workspace))
+        self._normalizer.recall(self._held.earlier)
         self._outbox = await Outbox.open(
-            self._services.config.state_dir / "outbox",
-            job.run_id,
-            self._state.view.attempt,
-            max_bytes=self._worker.outbox_max_bytes,
+            self._config.state_dir / "outbox",
+            self.job.run_id,
+            self.attempt,
+            max_bytes=self._config.worker.outbox_max_bytes,
         )
-        publisher = JetStreamPublisher(
-            self._services.events_link, self._outbox, on_failed=self._not_stored
+        self._events = AttemptEvents(
+            self._normalizer,
+            self._outbox,
+            self._services.node_states,
+            content_type=self.job.project.content_type,
+            tracestate=self.job.tracestate,
         )
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(publisher.run(), name=f"publish {job.run_id}")
-            saving = tasks.create_task(self._state.run(), name=f"state {job.run_id}")
-            try:
-                self._emit(self._normalizer.queued(_now()))
-                ending = await self._attempt(workspace)
-            except asyncio.CancelledError:
-                # The daemon is being hurried: what is known goes to disk and out at its next start.
-                self._finish(self._hurried())
-                await asyncio.shield(self._outbox.close())
-                saving.cancel()
-                raise
-            verdict = self._finish(ending)
-            self._outbox.close_input()
-            await self._outbox.drained()
-            # Only now: a terminal state means that the events are stored, too.
-            self._state.move(
-                verdict.status,
-                at=verdict.time,
-                exit_code=verdict.exit_code,
-                error=verdict.error.message if verdict.error else None,
-                counts=verdict.counts,
-                last_seq=verdict.seq,
-            )
-            self._state.close()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                outcome = await self._run_beside(tasks, workspace, admission)
+        except* Superseded:
+            outcome = Outcome.SUPERSEDED
+        if outcome is Outcome.SUPERSEDED:
+            await self._stand_aside()
         await self._outbox.remove()
-        return self.status
+        await asyncio.to_thread(forget_mark, self._config, self.job.run_id)
+        return outcome
 
     def stop(self, reason: Reason, *, by: str, text: str | None = None) -> None:
         """Ask for an end. The first reason counts; before the start it prevents the start."""
-        if not self._stop.done():
-            self._stop.set_result(Stop(reason, by, text))
+        self._watchdog.ask(Stop(reason, by, text))
+
+    def stop_before_start(self, *, by: str) -> None:
+        """Give the run back if dbt has not been started yet."""
+        if not self._has_started:
+            self.stop(Reason.HANDED_OVER, by=by)
 
     # The attempt, in the order in which things happen.
 
@@ -159,25 +186,91 @@ class Execution:
         try:
             workspace = await asyncio.to_thread(
                 prepare_workspace,
-                self._services.config,
+                self._config,
                 job.project_name,
                 job.project,
                 job.target,
                 job.run_id,
                 self._traceparent(),
+                attempt=self.attempt,
             )
-        except (ConfigError, OSError) as error:
+            self._scrubber = Scrubber.for_environment(workspace.environment, workspace.secret_names)
+            self._state.note(args=self._scrubber.words(job.args))
+            resumed = self._held.earlier if self._held.resume else None
+            self._command = await bring_state(job, workspace, self._services.artifacts, resumed)
+        except (ConfigError, OSError, StateMissing, NatsError) as error:
             block = ErrorBlock(class_=type(error).__name__, message=str(error))
             return Ending(how=Ended.NOT_STARTED, error=block)
-        self._scrubber = Scrubber.for_environment(workspace.environment, workspace.secret_names)
-        self._state.note(args=self._scrubber.words(job.request.args))
         return workspace
 
-    async def _attempt(self, workspace: Workspace | Ending) -> Ending:
+    async def _run_beside(
+        self,
+        tasks: asyncio.TaskGroup,
+        workspace: Workspace | Ending,
+        admission: Admission,
+    ) -> Outcome:
+        """The course of the attempt, with what goes on beside it."""
+        run_id = self.job.run_id
+        publisher = JetStreamPublisher(
+            self._services.events_link,
+            self._outbox,
+            fence=self._held.fence,
+            on_failed=self._events.not_stored,
+        )
+        tasks.create_task(self._unless_superseded(publisher.run()), name=f"publish {run_id}")
+        saving = tasks.create_task(
+            self._unless_superseded(self._state.run()), name=f"state {run_id}"
+        )
+        guard = tasks.create_task(
+            self._unless_superseded(self._until_lost()), name=f"lease {run_id}"
+        )
+        try:
+            ending = await self._course(workspace, admission)
+            goes_on = self._goes_on(ending)
+            self._events.end(ending, final=not goes_on)
+            self._say_end(goes_on=goes_on)
+            self._outbox.close_input()
+            written = self._services.node_states.written(self.job.project_name, self.job.target)
+            await asyncio.gather(self._outbox.drained(), written)
+            # Only now: a terminal state means that the events are stored, too, and the artifacts.
+            await self._conclude(workspace)
+            self._state.close()
+            await saving
+        except asyncio.CancelledError:
+            if self._superseded is None:
+                await asyncio.shield(self._leave())
+            saving.cancel()
+            raise
+        guard.cancel()
+        return Outcome.GIVEN_BACK if goes_on else Outcome.ENDED
+
+    def _goes_on(self, ending: Ending) -> bool:
+        """Whether the run is given back: dbt was cut short, or never started, so that it can be."""
+        may = self.job.on_lost is not OnLost.FAIL or not self._has_started
+        return may and self._normalizer.is_cut_short(ending)
+
+    async def _leave(self) -> None:
+        """The daemon is being hurried: what is known goes to disk, and out at its next start."""
+        self.stop(Reason.CANCELLED, by="shutdown")
+        stop = self._watchdog.stop
+        ending = Ending(how=Ended.CRASHED, stop=stop.reason if stop else None)
+        if not self._events.ended:
+            self._events.end(ending, final=not self._goes_on(ending))
+        await self._outbox.close()
+
+    async def _course(self, workspace: Workspace | Ending, admission: Admission) -> Ending:
+        await asyncio.to_thread(write_mark, self._config, self._mark(None))
+        if not self._held.earlier:
+            self._events.emit(self._normalizer.queued(_now()))
+            self._events.emit(self._normalizer.leased(FIRST, _now()))
         if isinstance(workspace, Ending):
             return workspace
-        if self._stop.done():
-            return self._stopped_before_start()
+        if not await self._is_admitted(admission(workspace)):
+            stop = await self._watchdog.asked()
+            if stop.reason is not Reason.HANDED_OVER:
+                self._watchdog.rung("requested", stop)
+            return Ending(how=Ended.NOT_STARTED, stop=stop.reason)
+        self._has_started = True
         self._state.move(RunStatus.STARTING, at=_now())
         try:
             process = await self._spawn(workspace)
@@ -186,34 +279,43 @@ class Execution:
         try:
             return await self._follow(process, workspace)
         finally:
+            self._held.lease.on_deadline(None)
             await asyncio.shield(process.close())
+
+    async def _is_admitted(self, admission: Awaitable[None]) -> bool:
+        """Whether dbt may start; False when it is to stop before."""
+        admitted = asyncio.ensure_future(admission)
+        asked = asyncio.ensure_future(self._watchdog.asked())
+        try:
+            await asyncio.wait({admitted, asked}, return_when=asyncio.FIRST_COMPLETED)
+            if asked.done():
+                return False
+            await admitted
+        finally:
+            for task in (admitted, asked):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        return True
 
     async def _spawn(self, workspace: Workspace) -> DbtProcess:
         job = self.job
-        variables = job.request.vars
-        start = Start(
-            args=worker_args(
-                job.dbt,
-                target=None if job.target == DEFAULT_TARGET else job.target,
-                profile=job.project.profile,
-                vars_json=msgspec.json.encode(variables).decode() if variables else "",
-            ),
-            project_dir=job.project.path,
-            secret_env=list(workspace.secret_names),
-            log_level=job.project.log_level,
-            queries=job.project.queries,
-            query_sql=job.project.query_sql,
-        )
+        start = child_start(job, workspace, self._held.earlier if self._held.resume else None)
         self._normalizer.spawned(_now())
-        return await DbtProcess.start(job.project.python, start, environment=workspace.environment)
+        process = await DbtProcess.start(
+            job.project.python, start, environment=workspace.environment
+        )
+        self._held.lease.on_deadline(process.set_deadline)
+        return process
 
     async def _follow(self, process: DbtProcess, workspace: Workspace) -> Ending:
         """Frames until the child is gone, with somebody watching the clock."""
-        watch = asyncio.create_task(self._watch(process), name=f"watch {self.job.run_id}")
+        watch = asyncio.create_task(self._watchdog.run(process), name=f"watch {self.job.run_id}")
         error: ChildError | None = None
         try:
+            await asyncio.to_thread(write_mark, self._config, self._mark(process.pid))
             try:
-                self._take(await process.hello(timeout_s=self._worker.handshake_timeout_s))
+                self._take(await process.hello(timeout_s=self._config.worker.handshake_timeout_s))
                 await self._read(process)
             except ChildError as problem:
                 error = problem
@@ -222,7 +324,7 @@ class Execution:
         finally:
             watch.cancel()
             await asyncio.wait({watch})
-        if self._saw_result:
+        if self._result is not None:
             await self._keep_parse_cache(workspace)
         return self._ending(error, exited)
 
@@ -248,73 +350,40 @@ class Execution:
                 await asyncio.sleep(0)
 
     def _take(self, frame: AnyFrame) -> None:
-        self._last_frame_s = asyncio.get_running_loop().time()
-        self._emit(self._normalizer.frame(frame))
+        self._watchdog.heard()
+        self._events.emit(self._normalizer.frame(frame))
         match frame:
             case Hello():
                 self._state.move(RunStatus.RUNNING, at=_now())
             case Result():
-                self._saw_result = True
+                self._result = frame
             case Invocation():
                 self._state.note(invocation_id=frame.invocation_id)
 
-    async def _watch(self, process: DbtProcess) -> None:
-        """Wait for a reason to stop dbt; then ask, insist, and end it. Each rung is an event."""
-        stop = await self._reason_to_stop()
-        self.stop(stop.reason, by=stop.by, text=stop.text)
-        self._step("requested", stop)
-        await process.cancel()  # the child tells of `interrupting` itself
-        await asyncio.sleep(self._worker.cancel_grace_s)
-        self._step("terminating", stop)
-        process.terminate()
-        await asyncio.sleep(self._worker.kill_grace_s)
-        self._step("killing", stop)
-        process.kill()
-
-    async def _reason_to_stop(self) -> Stop:
-        """A cancel, the run's time limit, or too long a silence; whichever is first."""
-        loop = asyncio.get_running_loop()
-        request, project = self.job.request, self.job.project
-        limit_s = request.timeout_s or project.timeout_s
-        silence_s = request.silence_timeout_s or project.silence_timeout_s
-        begun = self._last_frame_s = loop.time()
-        while not self._stop.done():
-            now = loop.time()
-            if limit_s and now >= begun + limit_s:
-                return Stop(Reason.TIMEOUT, "timeout_s", f"ran longer than {limit_s:g} s")
-            if silence_s and now >= self._last_frame_s + silence_s:
-                return Stop(Reason.TIMEOUT, "silence_timeout_s", f"no event for {silence_s:g} s")
-            ends = [begun + limit_s] if limit_s else []
-            ends += [self._last_frame_s + silence_s] if silence_s else []
-            await asyncio.wait({self._stop}, timeout=min(ends) - now if ends else None)
-        return self._stop.result()
-
-    def _step(self, step: str, stop: Stop) -> None:
-        logger.info(
-            "stopping dbt",
-            extra={
-                "action": "run.cancel",
-                "run_id": self.job.run_id,
-                "step": step,
-                "by": stop.by,
-                "reason": stop.text,
-            },
-        )
-        self._emit(
+    def _tell_rung(self, step: str, stop: Stop, stack: str | None) -> None:
+        self._events.emit(
             self._normalizer.cancel_step(
-                step, by=stop.by, reason=stop.text, stop=stop.reason, at=_now()
+                step,
+                by=stop.by,
+                reason=stop.text,
+                stop=stop.reason,
+                stack=self._scrubber.text(stack) if stack else None,
+                at=_now(),
             )
         )
 
     # How it ended.
 
     def _ending(self, error: ChildError | None, exited: Exit) -> Ending:
-        stop = self._stop.result().reason if self._stop.done() else None
+        asked = self._watchdog.stop
+        stop = asked.reason if asked else None
         tail = self._scrubber.text(exited.output_tail)
-        if error is None and not self._saw_result:
+        if error is None and self._result is None:
             error = ChildCrashed("ended without a result", exit_code=exited.code, stderr_tail=tail)
         if error is None:
             return Ending(how=Ended.RESULT, exit_code=exited.code, stop=stop)
+        if stop is None and self._held.lease.expired:
+            stop = Reason.HANDED_OVER  # it ended itself, as the lease could not be renewed
         ending = Ending.of_error(error, oom=exited.oom, stop=stop)
         block = ending.error and msgspec.structs.replace(
             ending.error, message=self._scrubber.text(ending.error.message)
@@ -323,95 +392,93 @@ class Execution:
             ending, error=block, stderr_tail=tail or None, exit_code=exited.code
         )
 
-    def _stopped_before_start(self) -> Ending:
-        stop = self._stop.result()
-        self._step("requested", stop)
-        return Ending(how=Ended.NOT_STARTED, stop=stop.reason)
-
-    def _hurried(self) -> Ending:
-        self.stop(Reason.CANCELLED, by="shutdown")
-        return Ending(how=Ended.CRASHED, stop=self._stop.result().reason)
-
-    def _finish(self, ending: Ending) -> RunFinished:
-        self._tell_drops()
-        for event in self._normalizer.end(ending, at=_now()):
-            # Whatever their family, closing events are kept: no gap can follow them.
-            self._put(event, family="run")
-        verdict = self.verdict
-        assert verdict is not None  # noqa: S101 - end() always yields run.finished
+    def _say_end(self, *, goes_on: bool) -> None:
+        verdict = self._events.verdict
+        facts: dict[str, Any] = {
+            "run_id": self.job.run_id,
+            "project": self.job.project_name,
+            "target": self.job.target,
+            "attempt": self.attempt,
+        }
+        if goes_on or verdict is None:
+            stop = self._watchdog.stop
+            logger.warning(
+                "run given back",
+                extra={"action": "run.given_back", "by": stop.by if stop else "lease", **facts},
+            )
+            return
         logger.info(
             "run finished",
             extra={
                 "action": "run.finished",
-                "run_id": self.job.run_id,
-                "project": self.job.project_name,
-                "target": self.job.target,
                 "status": verdict.status,
                 "elapsed_s": round(verdict.elapsed_s, 3),
+                **facts,
             },
         )
-        return verdict
 
-    # Events out.
-
-    def _emit(self, events: Iterable[AnyEvent]) -> None:
-        """Into the outbox, never waiting. What it had no room for is told in a gap."""
-        for event in events:
-            self._put(event, family=event.family)
-        self._tell_drops()
-
-    def _tell_drops(self) -> None:
-        for dropped in self._outbox.take_dropped():
-            for event in self._normalizer.gap(
-                dropped.family,
-                dropped.count,
-                "the outbox is full",
-                at=_now(),
-                from_seq=dropped.from_seq,
-                to_seq=dropped.to_seq,
-            ):
-                self._put(event, family=event.family)
-
-    def _put(self, event: AnyEvent, *, family: str) -> None:
-        if isinstance(event, NodeFinished):
-            self._services.node_states.put(event)
-        elif isinstance(event, RunFinished):
-            self.verdict = event
-        content_type = self.job.project.content_type
-        self._outbox.put(
-            Record(
-                seq=event.seq,
-                family=family,
-                subject=event_subject(event, command=self.job.dbt.command),
-                headers=event_headers(
-                    event, content_type=content_type, tracestate=self.job.tracestate
-                ),
-                payload=encode_event(event, content_type),
+    async def _conclude(self, workspace: Workspace | Ending) -> None:
+        """The state that lasts: terminal, or back in the queue."""
+        verdict = self._events.verdict
+        if verdict is None:
+            self._state.give_back(at=_now(), last_seq=self._normalizer.last_seq)
+            return
+        stored: dict[str, str] = {}
+        if isinstance(workspace, Workspace):
+            stored = await keep_artifacts(
+                self.job,
+                self._command,
+                verdict,
+                workspace,
+                self._services.artifacts,
+                self._scrubber,
             )
+        self._state.move(
+            verdict.status,
+            at=verdict.time,
+            exit_code=verdict.exit_code,
+            error=verdict.error.message if verdict.error else None,
+            counts=verdict.counts,
+            last_seq=verdict.seq,
+            artifacts=stored,
         )
 
-    def _not_stored(self, record: Record, problem: str) -> None:
-        """NATS will never take this event: its number is covered by a gap, if one may follow."""
-        if self.verdict is None:
-            self._emit(
-                self._normalizer.gap(
-                    record.family,
-                    1,
-                    f"refused by NATS: {problem}",
-                    at=_now(),
-                    from_seq=record.seq,
-                    to_seq=record.seq,
-                )
-            )
+    # Superseded.
+
+    async def _unless_superseded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Superseded as error:
+            self._superseded = self._superseded or error
+            raise
+
+    async def _stand_aside(self) -> None:
         logger.error(
-            "event refused by NATS and not stored",
+            "another worker has taken over this run; nothing more is published from here",
             extra={
-                "action": "event.refused",
+                "action": "run.superseded",
                 "run_id": self.job.run_id,
-                "seq": record.seq,
-                "subject": record.subject,
-                "problem": problem,
+                "attempt": self.attempt,
+                "problem": str(self._superseded),
+                "unpublished": self._outbox.stats.waiting,
             },
+        )
+
+    async def _until_lost(self) -> None:
+        lost = await asyncio.shield(self._held.lease.lost)
+        raise Superseded(self.job.run_id, self._held.fence.number, lost) from lost
+
+    def _mark(self, pid: int | None) -> Mark:
+        lease = self._held.lease
+        return Mark(
+            run_id=self.job.run_id,
+            project=self.job.project_name,
+            target=self.job.target,
+            attempt=self.attempt,
+            token=lease.token,
+            keys=list(lease.keys),
+            reply=self._held.reply,
+            pid=pid,
         )
 
     def _context(self, workspace: Workspace | Ending) -> RunContext:
@@ -421,18 +488,20 @@ class Execution:
             target=job.target,
             run_id=job.run_id,
             attempt=view.attempt,
-            fence=view.fence,
-            worker=self._services.config.worker_name,
+            fence=self._held.fence.number,
+            worker=self._config.worker_name,
             host=socket.gethostname(),
-            labels=job.project.labels | job.request.labels,
-            args=self._scrubber.words(job.request.args),
+            labels=job.labels,
+            args=self._scrubber.words(job.args),
             command=job.dbt.command,
             request_id=job.request_id,
             requested_by=job.request.requested_by,
             reason=job.request.reason,
             queued_at=job.stored_at,
+            began_at=view.started_at,
             position=job.position,
             trace_id=self._trace_id,
+            objects=object_names(job.run_id),
             target_path=None if isinstance(workspace, Ending) else str(workspace.target_path),
         )
 
@@ -442,7 +511,7 @@ class Execution:
 
     def _traceparent(self) -> str:
         """Of the run's own span, so that a query comment in dbt can carry it."""
-        span_id = span_id_of(self.job.run_id, self._state.view.attempt, "run")
+        span_id = span_id_of(self.job.run_id, self.attempt, "run")
         return f"00-{self._trace_id}-{span_id}-01"
 
 

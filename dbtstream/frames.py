@@ -11,6 +11,7 @@ from dbt are kept as dbt wrote them (naive ISO 8601, UTC).
 """
 
 import struct
+import time
 from typing import Any
 
 import msgspec
@@ -340,6 +341,26 @@ def decode_frame(body: bytes) -> AnyFrame:
         raise FrameCorrupt(str(error), body[:80]) from error
 
 
+class EarlierResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a node ended before, in dbt's word of run_results.json (success, error, skipped …)."""
+
+    unique_id: str
+    status: str
+    batch_results: BatchResults | None = None
+
+
+class Retry(msgspec.Struct, frozen=True, kw_only=True):
+    """What the child makes a run_results.json of, before it invokes dbt's `retry` on it.
+
+    `args` are the args of the earlier attempt, as its `Start` had them.
+    """
+
+    args: list[str]
+    results: list[EarlierResult]
+    state_dir: str  # where the file is to be; made by the parent
+    began_at: str | None = None  # the first attempt: microbatch models end their batches there
+
+
 class Start(msgspec.Struct, frozen=True, kw_only=True):
     """Parent -> child, the first line on stdin: everything the child needs to begin.
 
@@ -354,12 +375,24 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     queries: bool = False
     query_sql: bool = False
     measure: bool = False
+    stack_file: str | None = None  # where SIGUSR1 writes the stacks of all threads
+    retry: Retry | None = None
 
 
 # Control lines, parent -> child, after Start. EOF means the parent died: cancel.
 CONTROL_CANCEL = b"cancel\n"
 
 
-def deadline_line(unix_s: float) -> bytes:
-    """`deadline <unix seconds>`: the child ends itself and its group when it passes."""
-    return b"deadline %.3f\n" % unix_s
+def deadline_line(stop_at: float, kill_at: float) -> bytes:
+    """`deadline <stop at> <kill at>`: the child cancels dbt, and kills its group, by itself.
+
+    Seconds of `clock_s`, which parent and child share. A later line replaces an earlier one.
+    """
+    return b"deadline %.3f %.3f\n" % (stop_at, kill_at)
+
+
+def clock_s() -> float:
+    """Seconds since boot, with the time that the machine slept (Linux); the same in every
+    process, and not moved by whoever sets the time."""
+    boottime = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if boottime is None else time.clock_gettime(boottime)

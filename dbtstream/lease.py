@@ -37,7 +37,7 @@ class RequestLease:
         self.deliveries: int = metadata.num_delivered
         self.waiting: int = metadata.num_pending
         self._link = link
-        self._reply = message.reply
+        self.reply: str = message.reply
         self._heartbeat_s = heartbeat_s
         self._settled: str | None = None
         self._beats: asyncio.Task[None] | None = None
@@ -76,10 +76,10 @@ class RequestLease:
         for _ in range(SETTLE_TRIES):
             try:
                 if confirmed:
-                    await self._link.request(self._reply, answer)
+                    await self._link.request(self.reply, answer)
                 else:
                     with self._link.translated("giving a request back"):
-                        await self._link.client.publish(self._reply, answer)
+                        await self._link.client.publish(self.reply, answer)
             except NatsError:
                 await asyncio.sleep(SETTLE_PAUSE_S)
             else:
@@ -95,7 +95,7 @@ class RequestLease:
             await asyncio.sleep(self._heartbeat_s)
             try:
                 with self._link.translated("a heartbeat"):
-                    await self._link.client.publish(self._reply, b"+WPI")
+                    await self._link.client.publish(self.reply, b"+WPI")
             except NatsError as error:
                 logger.info(
                     "heartbeat not sent",

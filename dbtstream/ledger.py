@@ -104,6 +104,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.nodes: dict[str, NodeRecord] = {}
+        self.earlier: dict[str, NodeRecord] = {}  # of attempts before this one, each node's last
         self._known: dict[str, PlannedNode] = {}  # whatever the manifest told, selected or not
         self._children: dict[str, list[str]] | None = None
         self._tests_of: dict[str, list[NodeRecord]] = defaultdict(list)
@@ -166,10 +167,18 @@ class Ledger:
         if isinstance(event, NodeStarted):
             record.began = event.time.timestamp()
             return
-        record.ended = event.time.timestamp()
-        record.status, record.reason = event.status, event.reason
-        record.message, record.root_causes = event.message, event.root_causes
-        record.elapsed_s = event.execute_s if event.execute_s is not None else event.compile_s
+        _take_end(record, event)
+
+    def recall_earlier(self, event: NodeFinished) -> None:
+        """A node's end in an attempt before this one: it counts until this one has its own."""
+        record = NodeRecord(event.node)
+        _take_end(record, event)
+        self.earlier[event.node.unique_id] = record
+
+    def verdicts(self) -> dict[str, NodeRecord]:
+        """Each node of the run in the last attempt in which it ended."""
+        ended = {name: record for name, record in self.nodes.items() if record.status is not None}
+        return self.earlier | ended if self.earlier else ended
 
     # Why a node was skipped
 
@@ -260,7 +269,7 @@ class Ledger:
     def counts(self) -> dict[str, dict[str, int]]:
         """By resource_type and status, of nodes that have ended; hooks are `operation`."""
         counts: dict[str, dict[str, int]] = {}
-        for record in self.nodes.values():
+        for record in self.verdicts().values():
             if record.status is not None:
                 of_type = counts.setdefault(record.block.resource_type, {})
                 of_type[record.status.value] = of_type.get(record.status.value, 0) + 1
@@ -285,7 +294,7 @@ class Ledger:
     def slowest(self) -> list[SlowNode]:
         timed = [
             (record.elapsed_s, name)
-            for name, record in self.nodes.items()
+            for name, record in self.verdicts().items()
             if record.elapsed_s is not None
         ]
         return [
@@ -297,7 +306,7 @@ class Ledger:
         """The first of them, and how many there are."""
         failed = [
             (name, record.status, record.message)
-            for name, record in self.nodes.items()
+            for name, record in self.verdicts().items()
             if record.status is not None and record.status in FAILED
         ]
         listed = [
@@ -317,16 +326,28 @@ class Ledger:
             for result in results
             if (record := self.nodes.get(result.unique_id)) is not None
             and record.status is not None
-            and not _agree(record, result)
+            and not agrees(result.status, result.message, record.status, record.reason)
         ]
 
 
-def _agree(record: NodeRecord, result: NodeResult) -> bool:
-    """dbt has fewer words: `skipped` is also what never started, `error` what was cancelled."""
-    said = DBT_NODE_STATUS.get(result.status, NodeStatus.ERROR)
+def _take_end(record: NodeRecord, event: NodeFinished) -> None:
+    record.ended = event.time.timestamp()
+    record.status, record.reason = event.status, event.reason
+    record.message, record.root_causes = event.message, event.root_causes
+    record.elapsed_s = event.execute_s if event.execute_s is not None else event.compile_s
+
+
+def agrees(
+    dbt_status: str, dbt_message: str | None, status: NodeStatus, reason: Reason | None
+) -> bool:
+    """Whether dbt's result says what a node's terminal event does.
+
+    dbt has fewer words: `skipped` is also what never started, `error` what was cancelled.
+    """
+    said = DBT_NODE_STATUS.get(dbt_status, NodeStatus.ERROR)
     if said is NodeStatus.SKIPPED:
-        return record.status in _SKIP_IS or (
+        return status in _SKIP_IS or (
             # Interrupted by --fail-fast, and in dbt's results as if it had never begun.
-            record.reason is Reason.FAIL_FAST and result.message == FAIL_FAST_MESSAGE
+            reason is Reason.FAIL_FAST and dbt_message == FAIL_FAST_MESSAGE
         )
-    return record.status in _ERROR_IS if said is NodeStatus.ERROR else record.status is said
+    return status in _ERROR_IS if said is NodeStatus.ERROR else status is said

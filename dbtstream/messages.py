@@ -51,12 +51,22 @@ class RejectCode(StrEnum):
     EXPIRED = "expired"
     DUPLICATE = "duplicate"
     BUSY = "busy"
+    DELIVERIES_EXHAUSTED = "deliveries_exhausted"  # handed out max_deliveries times
 
 
-class StateFrom(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which earlier run `state:` selection and defer compare with."""
+LAST_SUCCESS = "last_success"
+
+
+class StateFrom(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """Which earlier run `state:` selection and defer compare with.
+
+    `target` is whose last success; the run's own target if absent, so a CI target can name prod.
+    """
 
     from_: str = msgspec.field(name="from")  # "last_success" or a run id
+    target: str | None = None
 
 
 class RunRequest(
@@ -65,10 +75,11 @@ class RunRequest(
     """Ask for one dbt invocation. Published to `dbt.runs.<project>.<target>`.
 
     `args` are dbt's own words, the list that `dbtRunner.invoke` takes: `["build", "--select",
-    "orders+"]`. Paths, profiles, logging and target flags belong to the worker.
+    "orders+"]`. Paths, profiles, logging and target flags belong to the worker. With `retry_of`,
+    which names an earlier run, they may be left out or be dbt's `["retry", …]`.
     """
 
-    args: list[str]
+    args: list[str] = []
     vars: dict[str, Any] = {}
     request_id: str | None = None  # idempotency key; the Nats-Msg-Id if absent
     not_after: Instant | None = None  # give up if it has not begun by then
@@ -171,6 +182,7 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True, tag="run_view", tag_fie
     exit_code: int | None = None
     error: str | None = None
     counts: dict[str, dict[str, int]] = {}
+    artifacts: dict[str, str] = {}  # kind -> name in the Object Store, of those that are there
 
 
 class RunList(msgspec.Struct, frozen=True, kw_only=True, tag="run_list", tag_field="type"):
@@ -236,7 +248,7 @@ def decode_submit(data: bytes) -> SubmitRequest:
 
 def check_limits(request: RunRequest) -> None:
     """Sizes that a type cannot say. Raises RequestRejected."""
-    if not request.args:
+    if not request.args and request.retry_of is None:
         raise RequestRejected(
             RejectCode.BAD_MESSAGE, 'args is empty; it needs dbt\'s words, like ["build"]', "args"
         )

@@ -6,13 +6,15 @@ What nats-py 2.16 does not do by itself, and this does:
   about permissions, whatever `max_reconnect_attempts` (seen on an auth reload);
 * a new client, with secrets and addresses read again, when the old one stays away too long;
 * a request that was in flight when the connection broke fails then, not at its timeout;
-* a denied publish fails with the server's words, not with a timeout.
+* a denied publish fails with the server's words, not with a timeout;
+* telling an outage of the servers from one of the network between (`refused_everywhere`).
 """
 
 import asyncio
 import contextlib
 import logging
 import random
+import socket
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
@@ -40,6 +42,9 @@ _CONSEQUENCES = (ConnectionResetError, BrokenPipeError, nats.errors.UnexpectedEO
 """What follows a refusal that the server has put into words before; the words are kept."""
 
 _DENIED_PUBLISH = 'permissions violation for publish to "'
+
+_PORTS = {"ws": 80, "wss": 443}
+_PORT = 4222
 
 
 class Flight:
@@ -81,6 +86,8 @@ class NatsConnection:
         self._callbacks: list[Callable[[], None]] = []
         self._said_waiting = False
         self._was_up = False
+        self._up_since = 0.0
+        self._addresses: set[tuple[str, int]] = set()
         self.reconnects = 0
         """Grows with every connection after the first. Pull requests do not outlive one."""
         self.generation = 0
@@ -121,6 +128,14 @@ class NatsConnection:
     @property
     def connected(self) -> bool:
         return self._up.is_set() and self._client is not None and self._client.is_connected
+
+    @property
+    def connected_since(self) -> float | None:
+        """Loop time when this connection was made; None without one.
+
+        After an answer over it: the server at its other end has run ever since.
+        """
+        return self._up_since if self.connected else None
 
     @property
     def client(self) -> Client:
@@ -168,6 +183,21 @@ class NatsConnection:
         async with self._changed:
             await self._changed.wait_for(lambda: self.reconnects > seen)
         return self.reconnects
+
+    async def refused_everywhere(self, timeout_s: float) -> bool:
+        """Whether each known server, asked now, refuses a TCP connection: none is running.
+
+        No answer, no such host, or one that accepts: False. The known servers are those of
+        the config and all that have ever announced themselves; a list that has grown with
+        the years makes this False more often, never True.
+        """
+        self._learn_addresses()
+        probes = [_refuses(host, port) for host, port in self._addresses]
+        try:
+            async with asyncio.timeout(timeout_s):
+                return all(await asyncio.gather(*probes))
+        except TimeoutError:
+            return False
 
     @contextlib.contextmanager
     def translated(self, operation: str) -> Iterator[None]:
@@ -245,8 +275,8 @@ class NatsConnection:
             )
         finally:
             if self._client is client:
-                self._client = self._js = None
                 self._down()
+                self._client = self._js = None
                 await _close(client)
             elif not client.is_connected:
                 await _close(client)
@@ -263,7 +293,14 @@ class NatsConnection:
                     await self._closed_for_good.wait()
             down_for = 0 if client.is_connected else down_for + 1
 
+    def _learn_addresses(self) -> None:
+        """Before a client goes, and with it what it was told of the cluster."""
+        self._addresses |= set(map(_address, self._config.servers))
+        if self._client is not None:
+            self._addresses |= {_address(url.geturl()) for url in self._client.servers}
+
     def _down(self) -> None:
+        self._learn_addresses()
         if self._up.is_set():
             logger.warning(
                 "lost the NATS connection",
@@ -284,6 +321,7 @@ class NatsConnection:
         )
         self.last_problem = None
         self._said_waiting = False
+        self._up_since = asyncio.get_running_loop().time()
         self._up.set()
         if not self._was_up:
             self._was_up = True
@@ -351,6 +389,32 @@ async def _close(client: Client) -> None:
         with contextlib.suppress(nats.errors.Error, OSError, TimeoutError, AssertionError):
             async with asyncio.timeout(CLOSE_LIMIT_S):
                 await end()
+
+
+async def _refuses(host: str, port: int) -> bool:
+    """Whether every address of this name answers that nobody listens there."""
+    loop = asyncio.get_running_loop()
+    try:
+        # ADDRCONFIG: without an IPv6 route, an IPv6 address would not refuse but be unreachable.
+        found = await loop.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
+        )
+        for family, kind, protocol, _, address in found:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setblocking(False)
+                try:
+                    await loop.sock_connect(probe, address)
+                except ConnectionRefusedError:
+                    continue
+            return False
+    except OSError:
+        return False
+    return bool(found)
+
+
+def _address(url: str) -> tuple[str, int]:
+    parts = urlsplit(url if "://" in url else f"nats://{url}")
+    return parts.hostname or "", parts.port or _PORTS.get(parts.scheme, _PORT)
 
 
 def _without_userinfo(url: str) -> str:

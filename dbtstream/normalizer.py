@@ -27,7 +27,7 @@ from typing import assert_never
 import msgspec
 
 from dbtstream import frames
-from dbtstream.dbt_values import clean, error_block, utc
+from dbtstream.dbt_values import clean, utc
 from dbtstream.endings import Ending, Stopping, run_status
 from dbtstream.envelope import Envelope, RunContext
 from dbtstream.events import (
@@ -42,10 +42,11 @@ from dbtstream.events import (
     NodeStarted,
     PlanEntry,
     QueryFinished,
-    Resource,
     RunCancel,
     RunFinished,
+    RunLeased,
     RunPlanned,
+    RunPlanPart,
     RunProgress,
     RunQueued,
     RunRejected,
@@ -53,8 +54,8 @@ from dbtstream.events import (
 )
 from dbtstream.ledger import Ledger
 from dbtstream.node_events import NodeEvents
-from dbtstream.runs import exit_code_of
 from dbtstream.statuses import NodeStatus, Reason, RunStatus
+from dbtstream.verdict import Told, tell_verdict
 
 PROGRESS_EVERY_S = 1.0
 
@@ -73,7 +74,7 @@ class Normalizer:
         self._stopping = Stopping()
         ordered = context.command != "clone"
         self._nodes = NodeEvents(self._envelope, self._ledger, self._stopping, ordered=ordered)
-        self._began = context.queued_at
+        self._began = context.began_at or context.queued_at
         self._spawned_at: datetime | None = None
         self._last_n = 0
         self._frames_missing = False
@@ -123,6 +124,22 @@ class Normalizer:
         )
         return self._envelope.taken()
 
+    def leased(
+        self,
+        cause: str,
+        at: datetime,
+        *,
+        decision: str | None = None,
+        previous_worker: str | None = None,
+    ) -> list[AnyEvent]:
+        """We hold the run from here on: `first`, or after another worker, whose attempt the
+        events that follow will close."""
+        self._check_open()
+        self._envelope.emit(
+            RunLeased, at, cause=cause, decision=decision, previous_worker=previous_worker
+        )
+        return self._envelope.taken()
+
     def rejected(
         self, code: str, message: str, field: str | None = None, *, at: datetime
     ) -> list[AnyEvent]:
@@ -140,21 +157,26 @@ class Normalizer:
         return self._envelope.taken()
 
     def recall(self, earlier: Iterable[AnyEvent]) -> None:
-        """Take up what a lost worker published of this attempt, in order, so as to `end` it.
+        """Take up all that is published of the run, in order.
 
-        The plan's nodes are known as far as its event lists them.
+        So as to `end` an attempt of a lost worker, whose plan's nodes are known as far as its
+        event lists them; or to begin the next one, whose verdict covers the earlier ones.
         """
         self._check_open()
         for event in earlier:
             self._envelope.next_seq = max(self._envelope.next_seq, event.seq + 1)
             if event.attempt == self.context.attempt:
                 self._recall(event)
+            elif isinstance(event, NodeFinished):
+                self._ledger.recall_earlier(event)
 
     def spawned(self, at: datetime) -> None:
         """The child was started. What came before was the queue's time, the rest is dbt's."""
         self._check_open()
         self.status = RunStatus.STARTING
-        self._began = self._spawned_at = at
+        self._spawned_at = at
+        if self.context.began_at is None:
+            self._began = at
 
     # While dbt runs
 
@@ -181,14 +203,16 @@ class Normalizer:
         by: str | None = None,
         reason: str | None = None,
         stop: Reason = Reason.CANCELLED,
+        stack: str | None = None,
     ) -> list[AnyEvent]:
         """A rung of stopping dbt: requested, interrupting, terminating, killing; each once.
 
-        `stop` is what the nodes will be told (CANCELLED or TIMEOUT), `reason` a person's words.
+        `stop` is what the nodes will be told (CANCELLED, TIMEOUT or HANDED_OVER), `reason` a
+        person's words, `stack` where dbt's threads were.
         """
         self._check_open()
         self._stopping.asked(stop, by, reason)
-        self._cancel_rung(step, by, at)
+        self._cancel_rung(step, by, at, stack)
         return self._envelope.taken()
 
     def gap(
@@ -213,6 +237,12 @@ class Normalizer:
             to_seq=to_seq,
         )
         return self._envelope.taken()
+
+    def is_cut_short(self, ending: Ending) -> bool:
+        """Whether dbt was stopped before its end so that the run can go on elsewhere."""
+        stop = self._stopping.stop or ending.stop
+        ending = msgspec.structs.replace(ending, stop=stop)
+        return stop is Reason.HANDED_OVER and run_status(ending, self._result) is RunStatus.LOST
 
     def end(self, ending: Ending, *, at: datetime, final: bool = True) -> list[AnyEvent]:
         """Close every node still open, then the run: `run.finished` is the last event.
@@ -270,8 +300,9 @@ class Normalizer:
             case frames.Artifact():
                 self._artifact(frame)
             case frames.Cancelling():
-                # If nobody asked through us: a signal from outside, or the child's deadline.
-                self._stopping.asked(Reason.CANCELLED)
+                # If nobody asked through us: a signal from outside, or the lease's deadline.
+                cut_off = frame.by == "deadline"
+                self._stopping.asked(Reason.HANDED_OVER if cut_off else Reason.CANCELLED)
                 self._cancel_rung("interrupting", self._stopping.by or frame.by, utc(frame.at))
             case frames.QueryCancelled():
                 self._query_cancelled(frame)
@@ -314,21 +345,28 @@ class Normalizer:
         self._ledger.know(frame.others)
         self._nodes.ready_at = self._progress_at = frame.at
         entries: list[PlanEntry] | None = None
+        parts: list[list[PlanEntry]] = []
         self._total, status = frame.node_count, frame.status
         if status == "complete":
             entries = [record.plan_entry() for record in self._ledger.selected()]
             self._total = len(entries)
-            if len(_encoder.encode(entries)) > MAX_PLAN_BYTES:
-                entries, status = None, "too_large"
+            parts = _in_parts(entries)
+            if len(parts) > 1:
+                entries, status = None, "in_parts"
+        at = utc(frame.at)
         self._envelope.emit(
             RunPlanned,
-            utc(frame.at),
+            at,
             node_count=self._total,
             nodes=entries,
             nodes_status=status,
             manifest_hash=frame.manifest_hash,
             expected_s=self.context.expected_s,
+            parts=0 if entries is not None else len(parts),
         )
+        if entries is None:
+            for number, part in enumerate(parts, start=1):
+                self._envelope.emit(RunPlanPart, at, part=number, parts=len(parts), nodes=part)
 
     def _log_line(self, frame: frames.Log) -> None:
         message, truncated = clean(frame.message, frame.truncated)
@@ -369,7 +407,11 @@ class Normalizer:
         if root is not None and path.is_relative_to(root):
             path = path.relative_to(root)
         artifact = ArtifactRef(
-            kind=frame.kind, path=str(path), sha256=frame.sha256, size=frame.size
+            kind=frame.kind,
+            path=str(path),
+            sha256=frame.sha256,
+            size=frame.size,
+            object=self.context.objects.get(frame.kind),
         )
         self._artifacts.append(artifact)
         self._envelope.emit(ArtifactWritten, utc(frame.at), **msgspec.structs.asdict(artifact))
@@ -404,12 +446,16 @@ class Normalizer:
 
     # Stopping and ending
 
-    def _cancel_rung(self, step: str, by: str | None, at: datetime) -> None:
+    def _cancel_rung(
+        self, step: str, by: str | None, at: datetime, stack: str | None = None
+    ) -> None:
         if step not in self._stopping.steps:
             self._stopping.steps.add(step)
-            self._tell_cancel(step, by, at)
+            self._tell_cancel(step, by, at, stack)
 
-    def _tell_cancel(self, step: str, by: str | None, at: datetime) -> None:
+    def _tell_cancel(
+        self, step: str, by: str | None, at: datetime, stack: str | None = None
+    ) -> None:
         self._envelope.emit(
             RunCancel,
             at,
@@ -417,86 +463,37 @@ class Normalizer:
             by=by,
             reason=self._stopping.reason,
             cancelled_queries=self._stopping.tell(),
+            stack=stack,
         )
 
     def _finish(self, ending: Ending, at: datetime) -> None:
-        result = self._result
-        failed, failed_count = self._ledger.failed()
-        status, exit_code = run_status(ending, result), result.exit_code if result else None
-        if status is RunStatus.SUCCESS and failed_count:
-            # dbt is content, but of some node we could not make out that it passed.
-            status, exit_code = RunStatus.FAILURE, 1
-        self.status = status
-        verified, verified_status = self._verify(at)
-        stats = result.stats if result else frames.ChildStats()
-        if stats.callback_errors:
-            self._envelope.log(
-                "warn",
-                "CallbackErrors",
-                f"{stats.callback_errors} of dbt's events could not be read in dbt's process; "
-                f"the first: {stats.callback_error}",
-                at,
-            )
-        error = ending.error
-        if result is not None:
-            error = None if result.interrupted else error_block(result.error, None)
-        self._envelope.emit(
-            RunFinished,
-            at,
-            status=status,
-            exit_code=exit_code_of(status, exit_code),
-            command=self.context.command,
-            error=error,
-            counts=self._ledger.counts(),
-            elapsed_s=max((at - self._began).total_seconds(), 0.0),
-            slowest=self._ledger.slowest(),
-            failed=failed,
-            failed_count=failed_count,
-            resource=Resource(max_rss=stats.max_rss_bytes, cpu_s=stats.cpu_s),
+        what = Told(
+            result=self._result,
+            results=self._nodes.results,
+            frames_missing=self._frames_missing,
             artifacts=self._artifacts,
-            attempts=self.context.attempt,
-            verified=verified,
-            verified_status=verified_status,
-            stderr_tail=clean(ending.stderr_tail)[0] if result is None else None,
+            began=self._began,
         )
-
-    def _verify(self, at: datetime) -> tuple[bool, str]:
-        """Whether dbt's own results say the same of every node that both know.
-
-        dbt returns none for ephemeral models, and none for hooks before 1.9.
-        """
-        result, results = self._result, self._nodes.results
-        if result is None or result.interrupted or result.result_count < 0:
-            return False, "no_results"
-        if self._frames_missing:
-            return False, "frames_missing"
-        if result.result_count != len(results):
-            return False, f"incomplete: {len(results)} of {result.result_count} results came"
-        different = self._ledger.differences(results.values())
-        if not different:
-            return True, "equal"
-        self._envelope.log(
-            "warn",
-            "ResultsDiffer",
-            f"of {len(different)} nodes dbt's results say something else than its events: "
-            + ", ".join(different[:10]),
-            at,
-        )
-        return False, f"differs: {len(different)} nodes"
+        self.status = tell_verdict(self._envelope, self.context, self._ledger, what, ending, at)
 
     def _recall(self, event: AnyEvent) -> None:
         self._envelope.engine = event.engine or self._envelope.engine
         self._envelope.invocation_id = event.invocation_id or self._envelope.invocation_id
         match event:
             case RunStarted():
-                self.status, self._began = RunStatus.RUNNING, event.time
+                self.status = RunStatus.RUNNING
+                if self.context.began_at is None:
+                    self._began = event.time
             case RunPlanned():
                 self._ledger.recall_plan(event.nodes or [])
+            case RunPlanPart():
+                self._ledger.recall_plan(event.nodes)
             case NodeStarted() | NodeFinished():
                 self._ledger.recall_node(event)
             case RunCancel():
                 self._stopping.steps.add(event.step)
             case ArtifactWritten():
+                # Not where it was to be stored: its worker died before it could.
                 artifact = ArtifactRef(
                     kind=event.kind, path=event.path, sha256=event.sha256, size=event.size
                 )
@@ -522,3 +519,17 @@ class Normalizer:
                 f"attempt {self.context.attempt} of run {self.context.run_id} has ended: "
                 "nothing can come after it"
             )
+
+
+def _in_parts(entries: list[PlanEntry]) -> list[list[PlanEntry]]:
+    """The whole list as the one part, if it fits into an event."""
+    parts: list[list[PlanEntry]] = [[]]
+    size = 0
+    for entry in entries:
+        entry_size = len(_encoder.encode(entry)) + 1
+        if parts[-1] and size + entry_size > MAX_PLAN_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(entry)
+        size += entry_size
+    return parts

@@ -81,6 +81,9 @@ ALLOWED_FLAGS = (
 INLINE_FLAGS = frozenset({"--inline", "--inline-direct"})
 """A request's own Jinja may call any macro of the project: only where `allow_inline` says so."""
 
+RETRY_FLAGS = frozenset({"--threads", "--warn-error"})
+"""dbt's retry accepts more of them, --full-refresh too, and does not heed them (1.8 to 1.12)."""
+
 INSTEAD = {
     "--inline": "the project's config does not set allow_inline",
     "--inline-direct": "the project's config does not set allow_inline",
@@ -131,7 +134,52 @@ def check_args(args: Sequence[str], project: ProjectConfig) -> DbtArgs:
     for word in rest:
         _check_word(word, command, inline=project.allow_inline)
     _check_last(rest)
+    if command == "retry" and project.target_path is None:
+        raise RequestRejected(
+            RejectCode.USAGE_ERROR,
+            "there is nothing to retry in the private target path of a new run; "
+            "use retry_of, with the id of the run",
+            "args",
+        )
     return DbtArgs(command, [*command.split(" "), *rest, *project.default_args])
+
+
+def check_earlier(args: Sequence[str], project: ProjectConfig) -> DbtArgs:
+    """The args of the run that `retry_of` names, as `check_args`: it may do what it could do
+    now. Raises RequestRejected.
+    """
+    try:
+        return check_args(args, project)
+    except RequestRejected as error:
+        raise RequestRejected(
+            error.code, f"the run to retry: {error.message}", "retry_of"
+        ) from error
+
+
+def check_retry(args: Sequence[str]) -> DbtArgs:
+    """The args beside `retry_of`: none, or dbt's retry with what it heeds. RequestRejected.
+
+    Allowed wherever the earlier run's own args are (`check_earlier`). Without the project's
+    default args: the earlier run had them, and retry takes over what a run had.
+    """
+    command, rest = split_command(args) if args else ("retry", [])
+    if command != "retry":
+        raise RequestRejected(
+            RejectCode.USAGE_ERROR,
+            f"retry_of repeats what had not succeeded in that run; it cannot be a `dbt {command}`",
+            "args",
+        )
+    for word in rest:
+        _check_word(word, command, inline=False)
+        if not _is_value(word) and (others := set(_flags_in(word)[0]) - RETRY_FLAGS):
+            raise RequestRejected(
+                RejectCode.USAGE_ERROR,
+                f"{min(others)}: dbt's retry takes it from the earlier run; "
+                f"it heeds {' and '.join(sorted(RETRY_FLAGS))}",
+                "args",
+            )
+    _check_last(rest)
+    return DbtArgs("retry", ["retry", *rest])
 
 
 def split_command(args: Sequence[str]) -> tuple[str, list[str]]:

@@ -1,22 +1,33 @@
 """A request that cannot run: told as `run.rejected` and kept in DBT_DEAD with its bytes.
 
 Both are stored before the request is taken from the queue, under ids that make a repetition
-harmless. Used by `worker` and, for subjects that no worker serves, by `unknown_subjects`.
+harmless. Used by `worker`, by `unknown_subjects` (nobody serves it) and by `stuck_requests`
+(nobody settled it). What is in DBT_DEAD is read, and asked for again, through `dead_letters`.
 """
 
 import logging
 from datetime import UTC, datetime
+from typing import Protocol
 
+from dbtstream.dead_letters import (
+    H_CODE,
+    H_FIELD,
+    H_MESSAGE,
+    H_REQUEST_SEQ,
+    H_SUBJECT,
+    H_TRUNCATED,
+)
 from dbtstream.envelope import RunContext
 from dbtstream.errors import RequestRejected
 from dbtstream.events import encode_event
 from dbtstream.execution import Services
-from dbtstream.lease import RequestLease
 from dbtstream.normalizer import Normalizer
 from dbtstream.subjects import (
     DEAD,
     H_MSG_ID,
     H_RUN_ID,
+    H_TRACEPARENT,
+    H_TRACESTATE,
     event_headers,
     event_subject,
 )
@@ -24,28 +35,35 @@ from dbtstream.trace import parse_traceparent, trace_id_of
 
 logger = logging.getLogger(__name__)
 
-H_CODE = "dbtstream-code"
-H_MESSAGE = "dbtstream-message"
-H_FIELD = "dbtstream-field"
-H_SUBJECT = "dbtstream-subject"
-H_REQUEST_SEQ = "dbtstream-request-seq"
-H_TRUNCATED = "dbtstream-truncated"
-
 MAX_DEAD_BYTES = 1000 * 1024
 """The server takes 1 MiB with headers; the bytes of a request that fills it are cut."""
 
 
+class Request(Protocol):
+    """A request as DBT_RUNS has it; `lease.RequestLease` is one."""
+
+    @property
+    def subject(self) -> str: ...
+    @property
+    def data(self) -> bytes: ...
+    @property
+    def headers(self) -> dict[str, str]: ...
+    @property
+    def stream_seq(self) -> int: ...
+    @property
+    def stored_at(self) -> datetime: ...
+
+
 async def reject(
     services: Services,
-    lease: RequestLease,
+    request: Request,
     run_id: str,
     project: str,
     target: str,
     rejected: RequestRejected,
 ) -> None:
     """Returns when both are stored: the letter first, so that who sees the event finds it."""
-    parent = parse_traceparent(lease.headers.get("traceparent"))
-    request_id = lease.headers.get(H_MSG_ID)
+    parent = parse_traceparent(request.headers.get(H_TRACEPARENT))
     normalizer = Normalizer(
         RunContext(
             project=project,
@@ -56,26 +74,12 @@ async def reject(
             worker=services.config.worker_name,
             host="",
             args=[],
-            request_id=request_id,
-            queued_at=lease.stored_at,
+            request_id=request.headers.get(H_MSG_ID),
+            queued_at=request.stored_at,
             trace_id=parent.trace_id if parent else trace_id_of(run_id),
         )
     )
-    headers = {
-        H_MSG_ID: f"dead-{lease.stream_seq}-{lease.stored_at.timestamp():.6f}",
-        H_RUN_ID: run_id,
-        H_CODE: rejected.code,
-        H_MESSAGE: header_value(rejected.message),
-        H_SUBJECT: lease.subject,
-        H_REQUEST_SEQ: str(lease.stream_seq),
-    }
-    if rejected.field:
-        headers[H_FIELD] = header_value(rejected.field)
-    if len(lease.data) > MAX_DEAD_BYTES:
-        headers[H_TRUNCATED] = str(len(lease.data))
-    await services.events_link.publish_until_stored(
-        f"{DEAD}.{project}.{target}", lease.data[:MAX_DEAD_BYTES], headers
-    )
+    await bury(services, request, run_id, project, target, rejected)
     for event in normalizer.rejected(
         rejected.code, rejected.message, rejected.field, at=datetime.now(UTC)
     ):
@@ -87,10 +91,42 @@ async def reject(
         extra={
             "action": "request.rejected",
             "run_id": run_id,
-            "subject": lease.subject,
+            "subject": request.subject,
             "code": rejected.code,
             "problem": rejected.message,
         },
+    )
+
+
+async def bury(
+    services: Services,
+    request: Request,
+    run_id: str,
+    project: str,
+    target: str,
+    rejected: RequestRejected,
+) -> None:
+    """Into DBT_DEAD; the same letter sent again is stored once."""
+    headers = {
+        H_MSG_ID: f"dead-{request.stream_seq}-{request.stored_at.timestamp():.6f}",
+        H_RUN_ID: run_id,
+        H_CODE: rejected.code,
+        H_MESSAGE: header_value(rejected.message),
+        H_SUBJECT: request.subject,
+        H_REQUEST_SEQ: str(request.stream_seq),
+    }
+    if rejected.field:
+        headers[H_FIELD] = header_value(rejected.field)
+    # A replay belongs to the trace of whoever asked.
+    headers |= {
+        name: header_value(request.headers[name])
+        for name in (H_TRACEPARENT, H_TRACESTATE)
+        if name in request.headers
+    }
+    if len(request.data) > MAX_DEAD_BYTES:
+        headers[H_TRUNCATED] = str(len(request.data))
+    await services.events_link.publish_until_stored(
+        f"{DEAD}.{project}.{target}", request.data[:MAX_DEAD_BYTES], headers
     )
 
 

@@ -5,19 +5,16 @@ compare-and-set. States in between may be skipped, the last one never is.
 """
 
 import asyncio
-import logging
 from datetime import datetime
 from typing import Any
 
 import msgspec
 
-from dbtstream.errors import NatsUnavailable
+from dbtstream.errors import NatsUnavailable, Superseded
 from dbtstream.messages import RunView
-from dbtstream.runs import advance
+from dbtstream.runs import advance, given_back
 from dbtstream.statuses import RunStatus
 from dbtstream.store import RevisionConflict, Store
-
-logger = logging.getLogger(__name__)
 
 RETRY_S = 0.5
 
@@ -25,7 +22,7 @@ RETRY_S = 0.5
 class RunState:
     """The one writer of a run's state while this worker holds its request."""
 
-    def __init__(self, store: Store, view: RunView, revision: int | None) -> None:
+    def __init__(self, store: Store, view: RunView, revision: int) -> None:
         self.view = view
         self._store = store
         self._revision = revision
@@ -36,6 +33,11 @@ class RunState:
     def move(self, status: RunStatus, *, at: datetime, **facts: Any) -> None:
         """To the next status, with what is known by then. Raises IllegalMove."""
         self.view = advance(self.view, status, at=at)
+        self.note(**facts)
+
+    def give_back(self, *, at: datetime, **facts: Any) -> None:
+        """To the queue, for another worker."""
+        self.view = given_back(self.view, at=at)
         self.note(**facts)
 
     def note(self, **facts: Any) -> None:
@@ -49,46 +51,35 @@ class RunState:
         self._changed.set()
 
     async def run(self) -> None:
+        """Until `close` and the last write. Raises Superseded."""
         while True:
             await self._changed.wait()
             self._changed.clear()
-            if not await self._write() or (self._closed and not self._changed.is_set()):
+            await self._write()
+            if self._closed and not self._changed.is_set():
                 return
 
-    async def _write(self) -> bool:
+    async def _write(self) -> None:
         while True:
             try:
-                if self._revision is None:
-                    self._revision = await self._store.create_run(self.view)
-                else:
-                    self._revision = await self._store.update_run(self.view, self._revision)
+                self._revision = await self._store.update_run(self.view, self._revision)
             except NatsUnavailable:
                 await asyncio.sleep(RETRY_S)
             except RevisionConflict:
-                if not await self._adopt():
-                    return False
+                await self._adopt()
             else:
-                return True
+                return
 
-    async def _adopt(self) -> bool:
+    async def _adopt(self) -> None:
         """A write that timed out may have happened: then the value is ours, go on from there."""
         stored = await self._read()
-        if stored is None:
-            self._revision = None
-            return True
+        if stored is None:  # it aged out of the bucket, or an operator has removed it
+            self._revision = 0
+            return
         view, self._revision = stored
-        if view.worker in (None, self.view.worker) and not view.status.is_terminal:
-            return True
-        logger.error(
-            "another worker has moved this run; its state is left as it is",
-            extra={
-                "action": "run_state.conflict",
-                "run_id": view.run_id,
-                "status": view.status,
-                "worker": view.worker,
-            },
-        )
-        return False
+        if view.fence != self.view.fence:
+            how = f"worker {view.worker} has its state, with fence {view.fence}"
+            raise Superseded(self.view.run_id, self.view.fence, how)
 
     async def _read(self) -> tuple[RunView, int] | None:
         while True:

@@ -23,9 +23,11 @@ MOVES: dict[RunStatus, frozenset[RunStatus]] = {
             RunStatus.CANCELLED,
             RunStatus.TIMED_OUT,
             RunStatus.LOST,
+            RunStatus.QUEUED,
         }
     ),
-    RunStatus.RUNNING: TERMINAL_RUN_STATUSES,
+    # Back to the queue: the worker gives the run to another, or has died.
+    RunStatus.RUNNING: TERMINAL_RUN_STATUSES | {RunStatus.QUEUED},
 }
 """From a status to those that may follow. What is not a key is an end."""
 
@@ -38,9 +40,28 @@ def advance(run: RunView, wanted: RunStatus, *, at: datetime) -> RunView:
         run,
         status=wanted,
         updated_at=at,
-        started_at=at if wanted is RunStatus.RUNNING else run.started_at,
+        started_at=run.started_at or at if wanted is RunStatus.RUNNING else run.started_at,
         finished_at=at if wanted.is_terminal else run.finished_at,
     )
+
+
+def taken_over(run: RunView, *, worker: str, fence: int, at: datetime) -> RunView:
+    """The same attempt of the same run, in the hands of another worker, which will close it."""
+    return msgspec.structs.replace(run, worker=worker, fence=fence, updated_at=at)
+
+
+def next_attempt(run: RunView, *, at: datetime) -> RunView:
+    """The run before its next attempt. Raises IllegalMove."""
+    if run.status is not RunStatus.QUEUED:
+        run = advance(run, RunStatus.QUEUED, at=at)
+    return msgspec.structs.replace(run, attempt=run.attempt + 1, updated_at=at)
+
+
+def given_back(run: RunView, *, at: datetime) -> RunView:
+    """The run in the queue again, without a worker. Raises IllegalMove."""
+    if run.status is not RunStatus.QUEUED:
+        run = advance(run, RunStatus.QUEUED, at=at)
+    return msgspec.structs.replace(run, worker=None, updated_at=at)
 
 
 def exit_code_of(status: RunStatus, dbt_exit_code: int | None) -> int:

@@ -75,6 +75,12 @@ _EVENTS: list[events.AnyEvent] = [
         requested_by="loader",
         reason="12 408 new rows in raw.orders",
     ),
+    events.RunLeased(
+        **_envelope(8, 131.0),
+        cause="worker_lost",
+        decision="resume",
+        previous_worker="dbt-worker-2",
+    ),
     events.RunRejected(
         **_envelope(1, 0.0, said_hello=False),
         code=messages.RejectCode.FLAG_NOT_ALLOWED,
@@ -113,6 +119,16 @@ _EVENTS: list[events.AnyEvent] = [
             ),
         ],
         manifest_hash="9d3c1f0be9d24d1c",
+    ),
+    events.RunPlanPart(
+        **_envelope(4, 3.1),
+        part=1,
+        parts=3,
+        nodes=[
+            events.PlanEntry(
+                unique_id="model.shop.orders", resource_type="model", materialized="table"
+            )
+        ],
     ),
     events.RunProgress(
         **_envelope(6, 4.3),

@@ -73,6 +73,7 @@ class Reason(StrEnum):
     CHILD_KILLED = "child_killed"  # dbt's process died; the event's error names the signal
     OOM = "oom"  # killed, and the kernel says it was for memory
     WORKER_LOST = "worker_lost"
+    HANDED_OVER = "handed_over"  # its worker gave the run to another one, which goes on with it
 
 
 DBT_NODE_STATUS: dict[str, NodeStatus] = {

@@ -2,9 +2,9 @@
 
     run.<run_id>                              messages.RunView, written with compare-and-set
     request.<project>.<target>.<hash>         the run id that a request_id belongs to
-    node.<project>.<target>.<unique_id>       NodeState, the last one wins
+    node.<project>.<target>.<unique_id>       NodeState, the last end of the node wins
 
-`execution` and `worker` write, `control` reads; `streams` makes the bucket and `state_bucket`
+`execution` and `worker` write, `control` reads; `streams` makes the bucket and `kv_bucket`
 reads and writes its keys. Run states are written at once and in order; node states behind
 the run's back, since a run of ten thousand nodes must not wait for ten thousand answers.
 """
@@ -21,9 +21,9 @@ import msgspec
 
 from dbtstream.errors import NatsRefused, NatsUnavailable
 from dbtstream.events import NodeFinished
+from dbtstream.kv_bucket import Bucket, RevisionConflict
 from dbtstream.messages import RunView
 from dbtstream.nats_link import NatsLink
-from dbtstream.state_bucket import Bucket, RevisionConflict
 from dbtstream.statuses import NodeStatus
 from dbtstream.subjects import STATE_BUCKET, node_key, request_key, run_key
 
@@ -50,6 +50,7 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     run_id: str
     attempt: int
     seq: int
+    fence: int = 0
     finished_at: datetime | None = None
     resource_type: str
     name: str
@@ -132,16 +133,17 @@ class Store:
     # -- nodes -----------------------------------------------------------------------------
 
     async def put_nodes(self, events: Sequence[NodeFinished]) -> None:
-        """Of up to BATCH_KEYS nodes of one project and target; the last write wins."""
-        keys = [_key(event) for event in events]
-        states = map(_node.decode, await self._bucket.read_many(keys))
+        """Of up to BATCH_KEYS nodes of one project and target, where none knows a later end:
+        a worker that was frozen may come with what is long over."""
+        states = map(_node.decode, await self._bucket.read_many([_key(event) for event in events]))
         before = {state.unique_id: state for state in states}
-        await self._bucket.write_many(
-            {
-                key: _encoder.encode(state_of(event, before.get(event.node.unique_id)))
-                for key, event in zip(keys, events, strict=True)
-            }
-        )
+        values = {
+            _key(event): _encoder.encode(state_of(event, known))
+            for event in events
+            if (known := before.get(event.node.unique_id)) is None or not is_later(known, event)
+        }
+        if values:
+            await self._bucket.write_many(values)
 
     async def get_node(self, project: str, target: str, unique_id: str) -> NodeState | None:
         value = await self._bucket.read(node_key(project, target, unique_id))
@@ -156,6 +158,9 @@ class NodeStates:
         self._waiting: dict[str, NodeFinished] = {}
         self._wake = asyncio.Event()
         self._closed = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._writing: dict[str, NodeFinished] = {}
+        self._wrote = asyncio.Event()
         self.counts: Counter[str] = Counter()
         """received, sent, dropped (a newer one came before it was written), failed."""
 
@@ -170,7 +175,20 @@ class NodeStates:
     def close(self) -> None:
         """No more puts."""
         self._closed.set()
+        self._hurry.set()
         self._wake.set()
+
+    async def written(self, project: str, target: str) -> None:
+        """Wait until what was put of this target is in the bucket, or refused; for `run()`.
+
+        What is not when a run ends is lost if this process dies: nobody looks at it again.
+        """
+        prefix = node_key(project, target, "")
+        keys = {key for key in {**self._waiting, **self._writing} if key.startswith(prefix)}
+        while not keys.isdisjoint({**self._waiting, **self._writing}):
+            self._hurry.set()
+            self._wrote.clear()
+            await self._wrote.wait()
 
     async def run(self) -> None:
         """Until `close()` was called and everything is written. May be cancelled."""
@@ -180,16 +198,20 @@ class NodeStates:
                 await self._wake.wait()
             await self._linger()
             # One write at a time: two of one node in flight could end in the wrong order.
-            target, chunk = self._next_chunk()
-            if chunk:
-                await self._write(target, chunk)
+            target, self._writing = self._next_chunk()
+            if self._writing:
+                await self._write(target, self._writing)
+            self._writing = {}
+            self._wrote.set()
 
     async def _linger(self) -> None:
         """More may come in a moment, and many at once cost little more than one."""
-        if len(self._waiting) < BATCH_KEYS and not self._closed.is_set():
+        if len(self._waiting) < BATCH_KEYS:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LINGER_S):
-                    await self._closed.wait()
+                    await self._hurry.wait()
+        if not self._closed.is_set():
+            self._hurry.clear()
 
     def _next_chunk(self) -> tuple[str, dict[str, NodeFinished]]:
         """The oldest that wait, of one project and target: there unique_ids are unique."""
@@ -220,6 +242,15 @@ def _key(event: NodeFinished) -> str:
     return node_key(event.project, event.target, event.node.unique_id)
 
 
+def is_later(known: NodeState, event: NodeFinished) -> bool:
+    """Whether `known` is of a later end. Of two runs, by fence; the time is for the case that
+    fences began anew, with the streams."""
+    if known.run_id == event.run_id:
+        return known.seq > event.seq
+    ended = event.finished_at or event.time
+    return known.fence > event.fence and known.finished_at is not None and known.finished_at > ended
+
+
 def state_of(event: NodeFinished, before: NodeState | None) -> NodeState:
     """`before` of the same run tells what was before the run; of another run, it is that."""
     previous = None
@@ -231,6 +262,7 @@ def state_of(event: NodeFinished, before: NodeState | None) -> NodeState:
         run_id=event.run_id,
         attempt=event.attempt,
         seq=event.seq,
+        fence=event.fence,
         finished_at=event.finished_at or event.time,
         resource_type=event.node.resource_type,
         name=event.node.name,

@@ -26,9 +26,15 @@ from dbtstream.subjects import (
 
 LEASES_BUCKET = "dbt_leases"
 ARTIFACTS_BUCKET = "dbt_artifacts"
+ADVISORIES_STREAM = "DBT_ADVISORIES"
+ADVISORIES = f"$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{RUNS_STREAM}"
+"""Then a dot and the consumer: the server gives up handing out a request (`stuck_requests`)."""
 
 DUPLICATE_WINDOW_RUNS_S = 2 * 3600.0
 DUPLICATE_WINDOW_EVENTS_S = 600.0
+
+ADVISORIES_MAX_AGE_S = 7 * 86400.0
+ADVISORIES_MAX_MSGS = 10_000
 
 API_LEVEL = 2  # nats-server 2.12: atomic batches and message schedules
 OLDEST_SERVER = "2.12"
@@ -108,6 +114,16 @@ def wanted_streams(config: StreamsConfig) -> list[Wanted]:
             {"max_age": _ns(config.dead_max_age_s), **replicas},
         ),
         Wanted(
+            # The server says it once, to whoever listens just then; here it waits for a worker.
+            ADVISORIES_STREAM,
+            {"subjects": [f"{ADVISORIES}.*"], "retention": "limits", "storage": "file"},
+            {
+                "max_age": _ns(ADVISORIES_MAX_AGE_S),
+                "max_msgs": ADVISORIES_MAX_MSGS,
+                **replicas,
+            },
+        ),
+        Wanted(
             f"KV_{STATE_BUCKET}",
             {
                 **kv,
@@ -132,6 +148,7 @@ def wanted_streams(config: StreamsConfig) -> list[Wanted]:
                 "discard": "new",
                 "allow_rollup_hdrs": True,
                 "allow_direct": True,
+                "allow_msg_ttl": True,  # a target's state outlives max_age, see artifact_store
             },
             {"max_age": _ns(config.events_max_age_s), **replicas},
         ),

@@ -26,6 +26,7 @@ from dbtstream.events import (
     NodeStarted,
     QueryFinished,
     RunFinished,
+    RunLeased,
     event_type,
 )
 
@@ -35,7 +36,6 @@ LIVE = "dbt.live"
 DEAD = "dbt.dead"
 CONTROL = "dbt.control"
 CONTROL_CANCEL = f"{CONTROL}.worker.cancel"  # broadcast: the worker of that run answers
-CONTROL_OWNS = f"{CONTROL}.worker.owns"  # likewise; the payload is a run id
 
 RUNS_STREAM = "DBT_RUNS"
 EVENTS_STREAM = "DBT_EVENTS"
@@ -98,6 +98,12 @@ def runs_subject(project: str, target: str) -> str:
     return f"{RUNS}.{project}.{target}"
 
 
+def leased_subject(project: str, target: str) -> str:
+    """Of `run.leased`: one per project and target, so that the stream can be told to refuse
+    what comes from an older lease than the last one here."""
+    return f"{EVENTS}.{project}.{target}.run._._.leased"
+
+
 def event_subject(event: AnyEvent, *, command: str = "_") -> str:
     """Where an event is published. `command` is dbt's (build, test …), for run events."""
     match event:
@@ -115,6 +121,8 @@ def event_subject(event: AnyEvent, *, command: str = "_") -> str:
             tail = ("artifact", event.kind, "_", "written")
         case Gap():
             tail = ("gap", event.dropped_family, "_", "_")
+        case RunLeased():
+            return leased_subject(event.project, event.target)
         case RunFinished():
             tail = ("run", command, "_", event.status)
         case _:

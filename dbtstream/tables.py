@@ -1,16 +1,17 @@
-"""Tables that rich prints: a run's summary, `dbtstream ps`, the head of `dbtstream show`.
+"""Tables that rich prints: a run's summary, `dbtstream ps`, dead letters, the heads of `show`.
 
 `screen` prints the summary of a run that it followed, `cli` the others. Each takes typed
 messages and gives a renderable; none reads a clock or prints.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dbtstream.dead_letters import DeadLetter
 from dbtstream.events import RunFinished
 from dbtstream.messages import RunList, RunView
 from dbtstream.statuses import NodeStatus, RunStatus
@@ -132,13 +133,7 @@ def runs_table(runs: RunList, now: datetime) -> RenderableType:
         where, took = f"{run.project}/{run.target}", _took(run, now)
         when = _since(since, now) if since else ""
         rows.append((run.run_id, str(run.status), where, when, took, " ".join(run.args)))
-    # Not a rich table: that narrows all columns alike.
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    lines = [Text(no_wrap=True, overflow="ellipsis") for _ in rows]
-    for line, row, style in zip(lines, rows, _row_styles(runs), strict=True):
-        for column, (cell, width) in enumerate(zip(row, [*widths, 0], strict=True)):
-            line.append(f"{cell:<{width}}  ", style=style if column == 1 else None)
-    lines[0].stylize("dim")
+    lines = _in_columns(rows, coloured=1, styles=_row_styles(runs))
     waiting = [
         Text(f"{where}: {plural(count, 'request')} waiting for a worker")
         for where, count in sorted(runs.waiting.items())
@@ -147,9 +142,38 @@ def runs_table(runs: RunList, now: datetime) -> RenderableType:
     return Group(*lines, *waiting)
 
 
+def letters_table(letters: Sequence[DeadLetter], now: datetime) -> RenderableType:
+    """`dbtstream dead ls`. A narrow terminal cuts the messages."""
+    rows = [("id", "since", "project.target", "code", "size", "message")]
+    for letter in letters:
+        where, size = f"{letter.project}.{letter.target}", str(letter.size)
+        when = _since(letter.at, now)
+        rows.append((str(letter.id), when, where, letter.code, size, letter.message))
+    styles = ["dim", *("red" for _ in letters)]
+    return Group(*_in_columns(rows, coloured=3, styles=styles))
+
+
+def letter_lines(letter: DeadLetter) -> RenderableType:
+    """The head of `dbtstream dead show`: what its headers say."""
+    kept = " (cut; it cannot be replayed)" if letter.truncated else ""
+    return _facts(
+        {
+            "letter": str(letter.id),
+            "of": f"{letter.project}.{letter.target}",
+            "since": f"{letter.at:%Y-%m-%d %H:%M:%S} UTC",
+            "code": letter.code,
+            "message": letter.message,
+            "field": letter.field or "",
+            "run": letter.run_id or "",
+            "subject": letter.subject,
+            "request": "" if letter.request_seq is None else f"DBT_RUNS {letter.request_seq}",
+            "size": f"{letter.size} bytes{kept}",
+        }
+    )
+
+
 def view_lines(view: RunView, now: datetime) -> RenderableType:
     """The head of `dbtstream show`: what the run is, before what it did."""
-    table = Table.grid(padding=(0, 2))
     rows = {
         "run": view.run_id,
         "of": f"{view.project}/{view.target}",
@@ -166,10 +190,29 @@ def view_lines(view: RunView, now: datetime) -> RenderableType:
         "labels": ", ".join(f"{key}={value}" for key, value in sorted(view.labels.items())),
         "error": first_line(view.error or ""),
     }
+    return _facts(rows)
+
+
+def _facts(rows: Mapping[str, str]) -> RenderableType:
+    """Name and value, of those that there are."""
+    table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         if value:
             table.add_row(Text(name, style="dim"), Text(value))
     return table
+
+
+def _in_columns(
+    rows: Sequence[tuple[str, ...]], *, coloured: int, styles: Sequence[str]
+) -> list[Text]:
+    """A heading and lines; the last column is cut. Not a rich table: that narrows all alike."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    lines = [Text(no_wrap=True, overflow="ellipsis") for _ in rows]
+    for line, row, style in zip(lines, rows, styles, strict=True):
+        for column, (cell, width) in enumerate(zip(row, [*widths, 0], strict=True)):
+            line.append(f"{cell:<{width}}  ", style=style if column == coloured else None)
+    lines[0].stylize("dim")
+    return lines
 
 
 def _row_styles(runs: RunList) -> list[str]:

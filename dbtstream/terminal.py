@@ -21,7 +21,9 @@ from dbtstream.events import (
     QueryFinished,
     RunCancel,
     RunFinished,
+    RunLeased,
     RunPlanned,
+    RunPlanPart,
     RunProgress,
     RunQueued,
     RunRejected,
@@ -101,13 +103,13 @@ class RunPicture:
         self.finished: RunFinished | None = None
         self.rejected: RunRejected | None = None
         self.cancel: RunCancel | None = None
-        self.problems: list[Problem] = []
-        self.problem_count = 0
-        self.skips: Counter[str] = Counter()  # by root cause
         self._new_attempt()
 
     def _new_attempt(self) -> None:
         """A resumed run counts only what its last attempt does."""
+        self.problems: list[Problem] = []
+        self.problem_count = 0
+        self.skips: Counter[str] = Counter()  # by root cause
         self.total: int | None = None
         self.done = 0
         self.eta_s: float | None = None
@@ -195,6 +197,8 @@ def plain_line(event: AnyEvent) -> str | None:
 
 def _plain_text(event: AnyEvent) -> str | None:
     match event:
+        case RunLeased(cause="first") | RunPlanPart():
+            return None  # run.queued, and run.planned, have just said as much
         case NodeStarted():
             of = f" ({event.index} of {event.total})" if event.index and event.total else ""
             return _node_line("START", event.node.resource_type, event.node.name) + of
@@ -217,13 +221,17 @@ def _plain_text(event: AnyEvent) -> str | None:
 
 
 def _run_text(
-    event: RunQueued | RunRejected | RunStarted | RunPlanned | RunCancel | RunFinished,
+    event: RunQueued | RunLeased | RunRejected | RunStarted | RunPlanned | RunCancel | RunFinished,
 ) -> str:
     where = f"{event.project}/{event.target}"
     match event:
         case RunQueued():
             ahead = f", {event.position} ahead of it" if event.position else ""
             return f"{where} run {event.run_id} queued: dbt {' '.join(event.args)}{ahead}"
+        case RunLeased():
+            whose = f" of worker {event.previous_worker}" if event.previous_worker else ""
+            then = f", then {event.decision}" if event.decision else ""
+            return f"{where} run {event.run_id} taken over{whose}: {event.cause}{then}"
         case RunRejected():
             return f"{where} run {event.run_id} rejected: {event.code}: {event.message}"
         case RunStarted():

@@ -9,17 +9,24 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import duckdb
 import msgspec
 
 from dbtstream.frames import (
     LENGTH_BYTES,
     AnyFrame,
     Frame,
+    NodeFinish,
+    NodeResult,
+    Nodes,
+    PlannedNode,
     Result,
+    Results,
     Start,
     decode_frame,
     frame_length,
@@ -34,7 +41,8 @@ F = TypeVar("F", bound=Frame)
 
 
 def write_project(root: Path, files: Mapping[str, str], *, threads: int = 2, **config: Any) -> Path:
-    """A project named `shop` whose database is a file beside it. `config` joins dbt_project.yml."""
+    """A project named `shop` with two targets, dev (the default) and prod, whose databases are
+    files beside it. `config` joins dbt_project.yml."""
     project = {
         "name": "shop",
         "version": "1.0",
@@ -43,8 +51,11 @@ def write_project(root: Path, files: Mapping[str, str], *, threads: int = 2, **c
         "flags": {"send_anonymous_usage_stats": False},
         **config,
     }
-    output = {"type": "duckdb", "path": str(root / "shop.duckdb"), "threads": threads}
-    profiles = {"shop": {"target": "dev", "outputs": {"dev": output}}}
+    outputs = {
+        target: {"type": "duckdb", "path": str(root / f"{database}.duckdb"), "threads": threads}
+        for target, database in (("dev", "shop"), ("prod", "prod"))
+    }
+    profiles = {"shop": {"target": "dev", "outputs": outputs}}
     everything = {
         "dbt_project.yml": json.dumps(project, indent=1),
         "profiles.yml": json.dumps(profiles, indent=1),
@@ -372,6 +383,48 @@ class Child:
         for file in (self.process.stdin, self._frames, self._output):
             if file is not None:
                 file.close()
+
+
+Starting = Callable[..., Child]
+"""`start(files, args, threads=, config=, **what Child takes)`: a child of the one project."""
+
+
+@contextmanager
+def children(root: Path) -> Iterator[Starting]:
+    """Starts children of one project, and ends them whatever happens."""
+    started: list[Child] = []
+
+    def start(files: Files, args: list[str], **options: Any) -> Child:
+        config = options.pop("config", {})
+        threads = options.pop("threads", 2)
+        project = write_project(root, files, threads=threads, **config)
+        started.append(Child(project, args, **options))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for child in started:
+            child.__exit__()
+
+
+def planned(child: Child) -> dict[str, PlannedNode]:
+    return {node.unique_id: node for chunk in child.of(Nodes) for node in chunk.nodes}
+
+
+def results(child: Child) -> dict[str, NodeResult]:
+    return {each.unique_id: each for chunk in child.of(Results) for each in chunk.results}
+
+
+def finished(child: Child) -> dict[str, str]:
+    return {finish.unique_id: finish.status for finish in child.of(NodeFinish)}
+
+
+def rows(database: Path, query: str) -> list[tuple[Any, ...]]:
+    """What a query finds in a database file that no process has open."""
+    with duckdb.connect(str(database), read_only=True) as connection:
+        found: list[tuple[Any, ...]] = connection.execute(query).fetchall()
+    return found
 
 
 def child_env(project: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -17,7 +17,9 @@ from dbtstream.events import (
     NodeFinished,
     NodeStarted,
     RunFinished,
+    RunLeased,
     RunPlanned,
+    RunPlanPart,
     RunQueued,
     RunRejected,
     RunStarted,
@@ -67,7 +69,7 @@ def check_run(
         check_order(of_attempt, ordered=ordered)
         check_verdicts(of_attempt)
     if isinstance(events[-1], RunFinished):
-        check_summary(attempts[events[-1].attempt], events[-1])
+        check_summary(events, events[-1])
     for secret in secrets:
         told = [e.event_id for e in events if secret.encode() in encode_event(e)]
         assert not told, f"a secret is told in {told}"
@@ -131,6 +133,12 @@ def check_frame_of_the_run(events: Sequence[AnyEvent], *, complete: bool = True)
     assert kinds["run.finished"] == int(complete)
     if complete:
         assert isinstance(events[-1], RunFinished), "something comes after run.finished"
+    leases = [event for event in events if isinstance(event, RunLeased)]
+    if leases and kinds["run.queued"]:
+        assert events[1] is leases[0], "a lease is the first thing after the queue"
+        assert [lease.cause == "first" for lease in leases] == [True] + [False] * (len(leases) - 1)
+        fences = [lease.fence for lease in leases]
+        assert fences == sorted(set(fences)), f"the fence of each lease is higher: {fences}"
     per_attempt = Counter((event.attempt, event_type(event)) for event in events)
     for (attempt, kind), count in per_attempt.items():
         assert count == 1 or kind not in ("run.started", "run.planned"), f"{kind} in {attempt}"
@@ -147,11 +155,14 @@ def check_one_end_per_node(events: Sequence[AnyEvent]) -> None:
     batches = {e.unique_id for e in events if isinstance(e, NodeBatch)}
     assert batches <= set(ended), f"batches of nodes without an end: {batches - set(ended)}"
     for plan in (e for e in events if isinstance(e, RunPlanned)):
-        if plan.nodes is None:
-            assert plan.nodes_status != "complete"
+        parts = [e for e in events if isinstance(e, RunPlanPart)]
+        assert [part.part for part in parts] == list(range(1, plan.parts + 1))
+        if plan.nodes is None and not parts:
+            assert plan.nodes_status not in ("complete", "in_parts")
             continue
-        planned = {entry.unique_id for entry in plan.nodes}
-        assert len(planned) == len(plan.nodes) == plan.node_count
+        nodes = plan.nodes or [entry for part in parts for entry in part.nodes]
+        planned = {entry.unique_id for entry in nodes}
+        assert len(planned) == len(nodes) == plan.node_count
         missing = planned - set(ended)
         assert not missing, f"planned, and no node.finished: {missing}"
         strangers = {n for n in set(ended) - planned if not n.startswith("operation.")}
@@ -217,12 +228,18 @@ def check_verdicts(events: Sequence[AnyEvent]) -> None:
         if event.status in PASSED:
             assert event.error is None
         if event.status is NodeStatus.CANCELLED:
-            assert event.reason in (Reason.CANCELLED, Reason.TIMEOUT, Reason.FAIL_FAST)
+            assert event.reason in (
+                Reason.CANCELLED,
+                Reason.TIMEOUT,
+                Reason.FAIL_FAST,
+                Reason.HANDED_OVER,
+            )
 
 
 def check_summary(events: Sequence[AnyEvent], finished: RunFinished) -> None:
-    """Guarantee 4, as far as the events tell: run.finished counts what the nodes said."""
-    ends = [event for event in events if isinstance(event, NodeFinished)]
+    """Guarantee 4, as far as the events tell: run.finished counts what the nodes said last."""
+    last = {event.node.unique_id: event for event in events if isinstance(event, NodeFinished)}
+    ends = list(last.values())
     counts: dict[str, dict[str, int]] = {}
     for end in ends:
         of_type = counts.setdefault(end.node.resource_type, {})

@@ -9,11 +9,13 @@ import textwrap
 from pathlib import Path
 
 PRELUDE = '''
-import json, os, signal, struct, sys, threading, time
+import faulthandler, json, os, signal, struct, sys, threading, time
 
 fd = int(sys.argv[sys.argv.index("--fd") + 1])
 os.set_inheritable(fd, False)
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until start_line knows where stacks go
 counter = 0
+parent = os.getppid()
 
 def raw(data):
     view = memoryview(data)
@@ -57,17 +59,25 @@ def result(code=0, results=(), **fields):
     send("result", success=code == 0, exit_code=code, result_count=len(results), **fields)
 
 def wait_for(path):
-    """Until the test has made the file."""
+    """Until the test has made the file; a child whose parent died leaves."""
     while not os.path.exists(path):
+        if os.getppid() != parent:
+            sys.exit(1)
         time.sleep(0.005)
 
 def start_line():
-    """The parent's first line: what to run."""
-    return json.loads(sys.stdin.buffer.readline())
+    """The parent's first line: what to run. From now on SIGUSR1 tells stacks, where asked."""
+    start = json.loads(sys.stdin.buffer.readline())
+    if start.get("stack_file"):
+        stacks = os.open(start["stack_file"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    return start
 
 def control_line():
-    """The next line of control, b"" when the parent is gone."""
-    return sys.stdin.buffer.readline()
+    """The next line of control but deadlines, b"" when the parent is gone."""
+    while (line := sys.stdin.buffer.readline()).startswith(b"deadline"):
+        pass
+    return line
 '''
 
 

@@ -7,6 +7,8 @@ syntax floor Python 3.8 (dbt 1.8). `__main__` loads this folder as the package
     main        the story of one invocation, in order: read this first
     engine      which dbt is installed, which adapter will be used
     control     the parent's lines on stdin, deadlines, its death
+    kill_timer  the kernel's share of a deadline
+    retry       dbt's `retry`, of an attempt that was cut off or of an earlier run
     stop        how dbt is interrupted, so that it really stops
     callback    dbt's events -> frames, on dbt's own threads
     event_names which events are log lines

@@ -1,26 +1,34 @@
 """The parent's end of things: its lines on stdin, its deadlines, its death.
 
-After `Start` each line is a wish; `stop` fulfils it. What does not end by itself after a
-deadline or the parent's death is killed with its group.
+After `Start` each line is a wish; `stop` fulfils it. What does not end by itself in time after
+a deadline or the parent's death is killed with its group.
+
+The deadline is the parent's lease seen from here. At its first time dbt is cancelled, once; at
+its second the group is killed, whatever dbt, its clean-up or our own last frames are about:
+from then on another attempt may be writing to the same target. Both are absolute times of a
+clock that goes on while the machine or this process sleeps, so one that wakes up late has
+nothing left but to die. What the parent said meanwhile is read first: it may have renewed.
+`kill_timer` does it one tick later where this thread cannot.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import select
 import signal
 import sys
 import threading
 import time
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Tuple
 
+from .kill_timer import KillTimer
 from .stop import Stop
 
-DEADLINE_GRACE_S = 10.0
 ORPHAN_GRACE_S = 30.0
-TICK_S = 0.5  # how often clocks are looked at; a machine that slept notices at once
+TICK_S = 0.5  # how often clocks are looked at, at least
 _PR_SET_PDEATHSIG = 1
 
 
@@ -31,8 +39,11 @@ class Control:
         self._fd = fd
         self._stop = stop
         self._buffer = b""
-        self._deadline: Optional[float] = None
-        self._kill_at: Optional[float] = None
+        self._stop_at = math.inf
+        self._kill_at = math.inf  # by the parent's deadline
+        self._end_at = math.inf  # by our own limits: an orphan's, or that of the last frames
+        self._returned = False  # dbt has: nothing is left to cancel
+        self._timer = KillTimer()
         self._open = True
         self._thread = threading.Thread(target=self._run, name="dbtstream-control", daemon=True)
 
@@ -54,26 +65,27 @@ class Control:
 
     def finishing(self, limit_s: float) -> None:
         """dbt has returned: only a hang at the very end may still be killed."""
-        self._deadline = None
-        self._kill_at = time.monotonic() + limit_s
+        self._stop_at, self._returned = math.inf, True
+        self._end_at = min(self._end_at, clock_s() + limit_s)
 
     def orphaned(self) -> None:
         """The parent is gone."""
         self._open = False
         self._stop.request("eof")
-        if self._kill_at is None:
-            self._kill_at = time.monotonic() + ORPHAN_GRACE_S
+        self._end_at = min(self._end_at, clock_s() + ORPHAN_GRACE_S)
 
     def _run(self) -> None:
         while True:
             for line in self._lines():
                 self._obey(line)
-            if self._deadline is not None and time.time() >= self._deadline:
-                self._deadline = None
-                self._kill_at = time.monotonic() + DEADLINE_GRACE_S
-                self._stop.request("deadline")
-            if self._kill_at is not None and time.monotonic() >= self._kill_at:
+            kill_at = min(self._kill_at, self._end_at)
+            now = clock_s()
+            if now >= kill_at:
                 kill_group()
+            self._timer.arm(kill_at + TICK_S)
+            if now >= self._stop_at:
+                self._stop_at = math.inf
+                self._stop.request("deadline")  # which counts once, however often it is renewed
             self._stop.insist()
             self._wait()
 
@@ -81,7 +93,8 @@ class Control:
         """Until the parent says something or it is time to look at the clock again."""
         try:
             watched = [self._stop.signal_fd] + ([self._fd] if self._open else [])
-            ready, _, _ = select.select(watched, [], [], TICK_S)
+            next_s = min(self._stop_at, self._kill_at, self._end_at) - clock_s()
+            ready, _, _ = select.select(watched, [], [], min(TICK_S, max(next_s, 0.0)))
             if self._stop.signal_fd in ready:
                 self._stop.signalled()
             if self._fd not in ready:
@@ -104,9 +117,26 @@ class Control:
             self._stop.request("control")
         elif word == "deadline":
             try:
-                self._deadline = float(argument)
+                stop_at, self._kill_at = deadline(argument)
             except ValueError:
                 sys.stderr.write(f"dbtstream: not a deadline: {argument!r}\n")
+                return
+            if not self._returned:
+                self._stop_at = stop_at
+
+
+def deadline(argument: str) -> Tuple[float, float]:
+    """When to cancel dbt and when to kill its group. Raises ValueError."""
+    stop_at, kill_at = (float(part) for part in argument.split())
+    if not (math.isfinite(stop_at) and math.isfinite(kill_at)):
+        raise ValueError(argument)
+    return stop_at, kill_at
+
+
+def clock_s() -> float:
+    """The same as `dbtstream.frames.clock_s`: the parent's deadlines are times of this clock."""
+    boottime = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if boottime is None else time.clock_gettime(boottime)
 
 
 def take_stdin() -> int:

@@ -12,6 +12,7 @@ import io
 import multiprocessing.util
 import os
 import platform
+import signal
 import sys
 import time
 import traceback
@@ -22,6 +23,7 @@ from .callback import EventCallback, MeasuredCallback
 from .channel import Channel
 from .control import Control, die_with_parent, take_stdin
 from .results import artifact_frames, error_info, result_frame, results_frames, stats
+from .retry import prepare
 from .scrub import Scrubber, secret_values
 from .stop import Stop
 
@@ -63,6 +65,7 @@ class Child:
         _as_batch_work()
         try:
             start = self._control.read_start()
+            _tell_stacks(start.get("stack_file"))
             names = start.get("secret_env", [])
             self._channel.scrubber = Scrubber(secret_values(os.environ, names))
             self._channel.start()
@@ -90,7 +93,9 @@ class Child:
         self._channel.emit(_hello(version, args))
 
         runner = runner_class(callbacks=[self._make_callback(start)])
-        outcome = self._stop.invoke(lambda: runner.invoke(args))
+        prepared = prepare(args, start.get("retry"))
+        sys.argv = ["dbt", *prepared.args]
+        outcome = self._stop.invoke(lambda: runner.invoke(prepared.args, **prepared.keywords))
         if outcome is None:
             outcome = result_class(success=False, exception=KeyboardInterrupt())
         return self._conclude(outcome, version)
@@ -138,6 +143,21 @@ def _as_batch_work() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or not allowed here
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def _tell_stacks(path: Optional[str]) -> None:
+    """From now on SIGUSR1 appends the stacks of all threads to that file.
+
+    Done in C, so also while an adapter's native code holds the interpreter.
+    """
+    if path is None:
+        return
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)  # not inheritable
+    except OSError as error:  # the signal's own effect would be our death
+        sys.stderr.write(f"dbtstream: no stacks in {path}: {error.strerror}\n")
+        fd = os.open(os.devnull, os.O_WRONLY)
+    faulthandler.register(signal.SIGUSR1, file=fd, all_threads=True)
 
 
 def _import_dbt(version: str) -> Any:

@@ -79,7 +79,7 @@ def result_frame(outcome: Any, count: int, stats: Dict[str, Any]) -> Dict[str, A
         "exit_code": 0 if outcome.success else failed,
         "result_count": count,
         "error": error_info(error),
-        "interrupted": isinstance(error, (KeyboardInterrupt, SystemExit)),
+        "interrupted": _interrupted(error),
         "stats": stats,
     }
 
@@ -92,6 +92,17 @@ def error_info(error: Optional[BaseException]) -> Optional[Dict[str, Any]]:
         "message": str(error),
         "code": error_code(error),
     }
+
+
+def _interrupted(error: Optional[BaseException]) -> bool:
+    """Also where dbt's clean-up after the interrupt raised: DuckDB's cancel of a connection that
+    is being closed ends a run with ConnectionException (dbt-duckdb 1.8).
+    """
+    while error is not None:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            return True
+        error = error.__context__
+    return False
 
 
 def stats(callback: Optional[EventCallback], callback_s: Optional[float]) -> Dict[str, Any]:

@@ -6,6 +6,9 @@ small they are. An attempt whose outcome is unknown is repeated with the same id
 answered; the server drops what it had (`duplicate`). Where the answer comes later than the
 stream's duplicate window can tell, what is stored is looked up first.
 
+With a `fence` every publish is conditional on our still holding the run; `run` raises
+Superseded when the server has refused one for that.
+
 A record is given up only when the server can never take it (too large); that is counted,
 logged, and told to `on_failed`. A refusal that an operator can mend (permissions, limits) is
 retried: the records are safe in the outbox.
@@ -14,16 +17,18 @@ retried: the records are safe in the outbox.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nats.js.api import PubAck
 
 from dbtstream.errors import NatsError, NatsRefused
 from dbtstream.events import DROPPABLE
-from dbtstream.nats_errors import BATCH_DUPLICATE_ID, JetStreamRefused
+from dbtstream.nats_errors import BATCH_DUPLICATE_ID, WRONG_LAST_SEQUENCE, JetStreamRefused
 from dbtstream.nats_link import NatsLink, backoff_s
 from dbtstream.outbox import Outbox, Record
+from dbtstream.publishers.fence import EventFence
 from dbtstream.publishers.stored import find_stored
 from dbtstream.streams import DUPLICATE_WINDOW_EVENTS_S
 from dbtstream.subjects import H_MSG_ID
@@ -50,6 +55,14 @@ class PublisherStats:
     duplicates: int = 0
 
 
+class _Fenced(NamedTuple):
+    """A record with the condition in its headers, as `NatsLink.publish_batch` takes it."""
+
+    subject: str
+    headers: Mapping[str, str]
+    payload: bytes
+
+
 class JetStreamPublisher:
     """`on_stored` gets each record once it is stored, with the server's answer if it was sent
     alone; `on_failed` each that never will be, with the reason. Both must not block."""
@@ -59,10 +72,11 @@ class JetStreamPublisher:
         link: NatsLink,
         outbox: Outbox,
         *,
+        fence: EventFence | None = None,
         on_stored: Callable[[Record, PubAck | None], None] | None = None,
         on_failed: Callable[[Record, str], None] | None = None,
     ) -> None:
-        self._link, self._outbox = link, outbox
+        self._link, self._outbox, self._fence = link, outbox, fence
         self._on_stored, self._on_failed = on_stored, on_failed
         self._known: set[str] = set()  # ids that are stored though we saw no answer
         self._doubt_since: float | None = None  # Unix time of the oldest unanswered attempt
@@ -70,13 +84,18 @@ class JetStreamPublisher:
         self.stats = PublisherStats()
 
     async def run(self) -> None:
-        """Until the outbox's input is closed and all of it is stored. May be cancelled."""
+        """Until the outbox's input is closed and all of it is stored. May be cancelled.
+
+        Raises Superseded.
+        """
         first = True
         while records := await self._outbox.next(BATCH_MAX, BATCH_BYTES):
             if first and self._outbox.recovered:
                 self._doubt_since = self._outbox.head_at
+                self._fence = EventFence.of_headers(records[0].subject, records[0].headers)
+                await self._look_at_fence()
             first = False
-            if len(records) >= BATCH_FROM:
+            if len(records) >= BATCH_FROM and (self._fence is None or self._fence.is_up):
                 await self._send_batch(records)
             else:
                 await self._send_each(records[:BATCH_FROM])
@@ -95,13 +114,21 @@ class JetStreamPublisher:
                 await self._settle_doubt(record)
                 if self._is_known(record):
                     return self._stored([record], None, duplicate=True)
-                ack = await self._link.publish(record.subject, record.payload, record.headers)
+                ack = await self._link.publish(
+                    record.subject, record.payload, self._with_fence(record).headers
+                )
             except NatsError as error:
                 if isinstance(error, JetStreamRefused) and error.about_message:
                     return self._failed(record, error)
                 attempt += 1
+                if self._is_fenced_off(error):
+                    await self._look_at_fence()
+                    if attempt == 1:
+                        continue  # what we knew of the last lease was old, now we know
                 await self._wait_after(error, attempt)
             else:
+                if self._fence is not None:
+                    self._fence.stored(record.subject, ack.seq)
                 return self._stored([record], ack, duplicate=bool(ack.duplicate))
 
     async def _send_batch(self, records: list[Record]) -> None:
@@ -112,8 +139,11 @@ class JetStreamPublisher:
                 await self._settle_doubt(records[0])
                 if any(map(self._is_known, records)):
                     return await self._send_each(records)
-                await self._link.publish_batch(records)
+                await self._link.publish_batch([self._with_fence(records[0]), *records[1:]])
             except JetStreamRefused as error:
+                if self._is_fenced_off(error):
+                    await self._look_at_fence()
+                    return await self._send_each(records)
                 # An id is stored already: this very batch was committed and its answer lost, or
                 # a predecessor got so far. Sent alone, each is answered as a duplicate or stored.
                 if error.err_code != BATCH_DUPLICATE_ID:
@@ -126,6 +156,32 @@ class JetStreamPublisher:
                 await self._wait_after(error, attempt)
             else:
                 return self._stored(records, None)
+
+    # -- whether we still may --------------------------------------------------------------
+
+    def _with_fence(self, record: Record) -> _Fenced | Record:
+        if self._fence is None:
+            return record
+        return _Fenced(record.subject, record.headers | self._fence.headers(), record.payload)
+
+    def _is_fenced_off(self, error: NatsError) -> bool:
+        return (
+            self._fence is not None
+            and isinstance(error, JetStreamRefused)
+            and error.err_code in WRONG_LAST_SEQUENCE
+        )
+
+    async def _look_at_fence(self) -> None:
+        """Until it is known. Raises Superseded."""
+        attempt = 0
+        while self._fence is not None:
+            try:
+                await self._fence.look(self._link)
+            except NatsError as error:
+                attempt += 1
+                await self._wait_after(error, attempt)
+            else:
+                return
 
     # -- what became of it -----------------------------------------------------------------
 

@@ -65,7 +65,7 @@ async def test_each_trouble_of_a_project_is_named_and_can_be_mended(
         nats=nats_config,
         source="dbtstream.toml",
         projects={
-            "target": project(good, targets=("dev", "prod")),
+            "target": project(good, targets=("dev", "nightly")),
             "profile": project(without_profile),
             "envvar": project(secret),
             "envset": project(secret, env={"SCHEMA": "main"}),
@@ -84,7 +84,7 @@ async def test_each_trouble_of_a_project_is_named_and_can_be_mended(
     assert all(check.mend for check in bad.values())
     facts = {subject: check.found for subject, check in bad.items()}
     assert facts.keys() == {
-        "project target target prod",
+        "project target target nightly",
         "project profile target dev",
         "project envvar target dev",
         "project nowhere python",
@@ -92,7 +92,7 @@ async def test_each_trouble_of_a_project_is_named_and_can_be_mended(
         "project nopython python",
         "project hidden",
     }
-    assert "does not have a target named 'prod'" in facts["project target target prod"]
+    assert "does not have a target named 'nightly'" in facts["project target target nightly"]
     assert "Could not find profile named 'shop'" in facts["project profile target dev"]
     assert "SCHEMA" in facts["project envvar target dev"]
     assert "No such file" in facts["project nowhere python"]

@@ -15,15 +15,19 @@ import pytest
 
 from dbtstream import commands
 from dbtstream.cli import _main, cli
+from dbtstream.cli_dead import dead
 from dbtstream.cli_words import begin_of, pairs, project_and_args, variables
 from dbtstream.embedded import NatsServer
 from tests.acceptance.conftest import COMMAND, ENVIRONMENT
 
-COMMANDS = sorted(cli.commands)
+COMMANDS = {**cli.commands, **{f"dead {name}": command for name, command in dead.commands.items()}}
+"""By the words that lead to each."""
+
+NAMES = sorted(COMMANDS)
 
 
 def help_of(name: str) -> str:
-    command = cli.commands[name]
+    command = COMMANDS[name]
     return command.get_help(click.Context(command, info_name=name))
 
 
@@ -34,41 +38,47 @@ def examples_in(text: str) -> list[list[str]]:
 
 
 def test_every_command_of_the_contract_is_there() -> None:
-    named = "serve run tail ps show cancel setup check schema demo"
-    assert " ".join(COMMANDS) == " ".join(sorted(named.split()))
+    named = "serve run tail ps show verify cancel dead setup check schema demo"
+    assert sorted(cli.commands) == sorted(named.split())
+    assert sorted(dead.commands) == ["drop", "ls", "replay", "show"]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_help_of_a_command_has_an_example_that_its_parser_takes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "shop").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
     examples = examples_in(help_of(name)) + examples_in(cli.get_help(click.Context(cli)))
-    of_this = [words for words in examples if name in words]
+    first, *more = name.split()
+    of_this = [w for w in examples if first in w and w[w.index(first) + 1 :][: len(more)] == more]
     assert of_this
     for words in of_this:
         # The shell expands `~`, and removes comments.
         expanded = [os.path.expanduser(word) for word in words[1:]]
-        # Parses the group's words as `main` does, then the command's.
-        group = cli.make_context("dbtstream", expanded)
-        found, command, rest = cli.resolve_command(group, [*group._protected_args, *group.args])
-        assert (found, command is not None) == (name, True)
-        assert command is not None
-        command.make_context(name, rest, parent=group)
+        # Parses the words as `main` does: the group's, a command's, and that of a group below.
+        context = cli.make_context("dbtstream", expanded)
+        for word in name.split():
+            group = context.command
+            assert isinstance(group, click.Group)
+            words_left = [*context._protected_args, *context.args]
+            found, command, rest = group.resolve_command(context, words_left)
+            assert (found, command is not None) == (word, True)
+            assert command is not None
+            context = command.make_context(word, rest, parent=context)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_option_says_what_it_is_for(name: str) -> None:
-    for parameter in cli.commands[name].params:
+    for parameter in COMMANDS[name].params:
         if isinstance(parameter, click.Option):
             assert parameter.help, parameter.name
-    assert cli.commands[name].short_help
+    assert COMMANDS[name].short_help
     assert "..." not in cli.get_help(click.Context(cli)).partition("Commands:")[2]
 
 
 def test_the_help_is_short_enough_to_read() -> None:
-    for name in COMMANDS:
+    for name in NAMES:
         assert len(help_of(name).splitlines()) <= 45
 
 
@@ -155,6 +165,15 @@ async def test_no_daemon_is_one_line_that_says_how_to_start_one(nats_server: Nat
         (["run", "--project-dir", "/no/such/folder", "--", "build"], "does not exist"),
         (["tail", "--since", "yesterday"], "it must be like 10m"),
         (["show"], "Missing argument"),
+        (["verify"], "Missing argument"),
+        (["dead", "show", "first"], "is not a valid integer"),
+        (["dead", "show", "0"], "not in the range"),
+        (["dead", "replay"], "Missing argument"),
+        (["dead", "drop"], "Give their ids, or --all"),
+        (["dead", "drop", "3", "--all"], "Give their ids, or --all"),
+        (["dead", "drop", "3", "--code", "expired"], "go with --all"),
+        (["dead", "drop", "--all"], "add --yes"),
+        (["dead", "lost"], "No such command"),
         (["frobnicate"], "No such command"),
     ],
 )

@@ -23,6 +23,7 @@ from dbtstream.events import (
     RunStarted,
     encode_event,
 )
+from dbtstream.messages import OnLost
 from dbtstream.statuses import NodeStatus, Reason, RunStatus
 from tests import dbt_projects
 from tests.acceptance.conftest import serve, whole_run, write_config
@@ -280,7 +281,7 @@ async def test_no_secret_leaves_the_daemon(tmp_path: Path, nats_server: NatsServ
         assert canary not in log
 
 
-async def test_a_killed_daemon_takes_dbt_with_it_and_the_run_is_closed_as_lost(
+async def test_a_killed_daemon_takes_dbt_with_it_and_its_run_is_lost_where_that_is_asked_for(
     tmp_path: Path, nats_server: NatsServer
 ) -> None:
     project = write_project(tmp_path / "shop", dbt_projects.slow())
@@ -288,7 +289,7 @@ async def test_a_killed_daemon_takes_dbt_with_it_and_the_run_is_closed_as_lost(
     async with Client.connect(nats_server.url) as client:
         pid = 0
         async with serve(config) as daemon:
-            accepted = await client.submit("shop", ["build"], target="dev")
+            accepted = await client.submit("shop", ["build"], target="dev", on_lost=OnLost.FAIL)
             async for event in client.events(run_id=accepted.run_id):
                 if isinstance(event, RunStarted):
                     pid = event.pid

@@ -7,9 +7,8 @@ dbt release does not have yet is skipped there and says so.
 import hashlib
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +16,18 @@ import pytest
 
 from dbtstream import frames
 from tests import dbt_projects as projects
-from tests.dbt_projects import PYTHON, Child, write_project
+from tests.dbt_projects import PYTHON, Child, finished, planned, results
+from tests.dbt_projects import Starting as Start
 
 VERSION = projects.dbt_release(PYTHON)
 since_1_9 = pytest.mark.skipif(VERSION < (1, 9), reason="dbt 1.8 has no microbatch")
 since_1_10 = pytest.mark.skipif(VERSION < (1, 10), reason="before dbt 1.10 no exposure is built")
 
-Start = Callable[..., Child]
-
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts children of one project, and ends them whatever happens."""
-    children: list[Child] = []
-
-    def begin(files: projects.Files, args: list[str], **options: Any) -> Child:
-        config = options.pop("config", {})
-        threads = options.pop("threads", 2)
-        project = write_project(tmp_path, files, threads=threads, **config)
-        children.append(Child(project, args, **options))
-        return children[-1]
-
-    yield begin
-    for child in children:
-        child.__exit__()
-
-
-def planned(child: Child) -> dict[str, frames.PlannedNode]:
-    return {node.unique_id: node for chunk in child.of(frames.Nodes) for node in chunk.nodes}
-
-
-def results(child: Child) -> dict[str, frames.NodeResult]:
-    return {each.unique_id: each for chunk in child.of(frames.Results) for each in chunk.results}
-
-
-def finished(child: Child) -> dict[str, str]:
-    return {finish.unique_id: finish.status for finish in child.of(frames.NodeFinish)}
+    with projects.children(tmp_path) as begin:
+        yield begin
 
 
 # A run from its first frame to its last.
@@ -428,164 +403,6 @@ def test_a_run_that_cannot_begin_has_dbts_words_and_exit_code_2(
     assert error.error_class == error_class
     assert text in error.message
     assert not child.result.interrupted
-
-
-# Being stopped. The slow model would take minutes: that these tests end is what they show.
-
-
-def assert_interrupted(child: Child, by: str) -> None:
-    assert child.end() == 2
-    assert [frame.by for frame in child.of(frames.Cancelling)] == [by]
-    assert child.result.interrupted
-    assert child.result.error is not None
-    assert child.result.error.error_class == "KeyboardInterrupt"
-
-
-def begin_slow(start: Start, **options: Any) -> Child:
-    child = start(projects.slow(), ["build"], **options)
-    child.until(frames.NodeWork, unique_id="model.shop.slow")
-    return child
-
-
-def test_a_cancel_interrupts_dbt_once_however_often_it_is_asked(start: Start) -> None:
-    """dbt cleans up as after Ctrl-C: finished nodes are in run_results, the query is cancelled."""
-    child = begin_slow(start)
-    child.control(frames.CONTROL_CANCEL * 3)
-    assert_interrupted(child, "control")
-    assert "model.shop.slow" in {each.connection for each in child.of(frames.QueryCancelled)}
-    assert finished(child) == {"model.shop.before": "success", "model.shop.slow": "error"}
-    written = json.loads((child.project / "target" / "run_results.json").read_bytes())
-    assert [each["unique_id"] for each in written["results"]] == ["model.shop.before"]
-    assert "run_results" in {artifact.kind for artifact in child.of(frames.Artifact)}
-
-
-def test_a_cancel_before_dbt_is_even_imported_is_not_lost(start: Start) -> None:
-    child = start(projects.slow(), ["build"])
-    child.control(frames.CONTROL_CANCEL)
-    assert_interrupted(child, "control")
-    assert not child.of(frames.NodeStart)
-
-
-def test_a_query_that_began_after_the_cancel_is_cancelled_too(start: Start) -> None:
-    """dbt cancels open queries once and would wait for this one to its end."""
-    child = start(projects.late_query(), ["run"])
-    child.until(frames.NodeWork, unique_id="model.shop.slow")
-    child.control(frames.CONTROL_CANCEL)
-    assert_interrupted(child, "control")
-    assert finished(child) == {"model.shop.slow": "error"}
-
-
-def test_a_cancel_that_hits_a_hooks_query_still_ends_the_run(start: Start) -> None:
-    """DuckDB and dbt make a failed hook of the interrupt; the nodes must not be built for that."""
-    query = projects.SLOW.split("}}")[1]
-    config = {"on-run-start": [query]}
-    child = start(projects.shop(), ["build"], config=config, log_level="debug")
-    while "range(" not in child.until(frames.Log, name="SQLQuery").message:
-        pass
-    child.control(frames.CONTROL_CANCEL)
-    assert_interrupted(child, "control")
-    assert not child.of(frames.NodeStart)
-
-
-SWALLOWER = """
-import time
-from dbt_common.events.base_types import EventLevel
-from dbt_common.events.functions import fire_event
-from dbt_common.events.types import Note
-fire_event(Note(msg="not listening"), EventLevel.WARN)
-try:
-    time.sleep(600)
-except KeyboardInterrupt:
-    pass
-"""
-
-
-def test_an_interrupt_that_somebody_swallows_is_repeated(start: Start, tmp_path: Path) -> None:
-    files = {**projects.shop(), **projects.plugin("swallower", SWALLOWER)}
-    child = start(files, ["build"], env={"PYTHONPATH": str(tmp_path)})
-    child.until(frames.Log, message="not listening")
-    child.control(frames.CONTROL_CANCEL)
-    assert_interrupted(child, "control")
-    assert not child.of(frames.NodeStart)
-
-
-def test_the_parents_death_cancels_dbt(start: Start) -> None:
-    child = begin_slow(start)
-    child.hang_up()
-    assert_interrupted(child, "eof")
-
-
-def test_a_closed_frame_pipe_cancels_dbt(start: Start) -> None:
-    """Found at the next frame: with query frames there always is one."""
-    child = start(projects.slow(), ["build"], queries=True, log_level="debug")
-    child.until(frames.NodeWork, unique_id="model.shop.before")
-    child.stop_reading()
-    assert child.process.wait() == 2
-
-
-def test_sigterm_cancels_as_cleanly(start: Start) -> None:
-    child = begin_slow(start)
-    child.process.send_signal(signal.SIGTERM)
-    assert_interrupted(child, "sigterm")
-    assert finished(child)["model.shop.before"] == "success"
-
-
-def test_sigint_cancels_even_where_the_parent_ignores_it(start: Start) -> None:
-    """An ignored signal is inherited; dbt would never see the interrupt."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        child = begin_slow(start)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    child.process.send_signal(signal.SIGINT)
-    assert_interrupted(child, "sigint")
-
-
-def test_a_deadline_cancels_and_a_later_one_replaces_it(start: Start) -> None:
-    child = start(projects.slow(), ["build"])
-    child.control(frames.deadline_line(4_000_000_000))
-    child.until(frames.NodeWork, unique_id="model.shop.slow")
-    child.control(frames.deadline_line(1))
-    assert_interrupted(child, "deadline")
-
-
-STUBBORN = """
-import sys, time
-control = sys.modules["dbtstream_child.control"]
-control.DEADLINE_GRACE_S = control.ORPHAN_GRACE_S = 0.1
-from dbt_common.events.base_types import EventLevel
-from dbt_common.events.functions import fire_event
-from dbt_common.events.types import Note
-fire_event(Note(msg="not listening"), EventLevel.WARN)
-while True:
-    try:
-        time.sleep(600)
-    except KeyboardInterrupt:
-        pass
-"""
-
-
-@pytest.mark.parametrize("how", ["deadline", "eof"])
-def test_what_does_not_stop_is_killed_with_its_group(
-    start: Start, tmp_path: Path, how: str
-) -> None:
-    files = {**projects.shop(), **projects.plugin("stubborn", STUBBORN)}
-    child = start(files, ["build"], env={"PYTHONPATH": str(tmp_path)})
-    child.until(frames.Log, message="not listening")
-    if how == "eof":
-        child.hang_up()
-    else:
-        child.control(frames.deadline_line(1))
-    assert child.end() == -signal.SIGKILL
-    assert [frame.by for frame in child.of(frames.Cancelling)] == [how]
-
-
-def test_a_killed_child_leaves_frames_without_a_result(start: Start) -> None:
-    child = begin_slow(start)
-    child.process.kill()
-    assert child.end() == -signal.SIGKILL
-    assert not child.of(frames.Result)
-    assert finished(child) == {"model.shop.before": "success"}
 
 
 # Secrets.

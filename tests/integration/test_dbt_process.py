@@ -1,5 +1,6 @@
 """The parent's side of the frame pipe, against real processes that misbehave in one way each."""
 
+import asyncio
 import os
 import signal
 import sys
@@ -7,10 +8,11 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dbtstream.dbt_process import TAIL_BYTES, DbtProcess
+from dbtstream.dbt_process import MAX_UNREAD_BYTES, TAIL_BYTES, DbtProcess, cut_stack
 from dbtstream.errors import (
     ChildCrashed,
     ChildNotStarted,
@@ -19,17 +21,19 @@ from dbtstream.errors import (
     FrameTooLarge,
     HandshakeTimeout,
 )
-from dbtstream.frames import AnyFrame, Hello, NodeStart, NodeWork, Result, Start
+from dbtstream.frames import AnyFrame, Cancelling, Hello, Log, NodeStart, NodeWork, Result, Start
 from tests.scripted_child import GOOD_RUN, scripted_child
 
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
 
 
 @asynccontextmanager
-async def running(tmp_path: Path, body: str) -> AsyncIterator[DbtProcess]:
+async def running(tmp_path: Path, body: str, **options: Any) -> AsyncIterator[DbtProcess]:
     python = scripted_child(tmp_path / "child", body)
     child = await DbtProcess.start(
-        python, Start(args=["build"], project_dir=str(tmp_path)), environment=ENVIRONMENT
+        python,
+        Start(args=["build"], project_dir=str(tmp_path), **options),
+        environment=ENVIRONMENT,
     )
     try:
         yield child
@@ -115,10 +119,17 @@ async def test_a_silent_child_is_a_handshake_timeout(tmp_path: Path) -> None:
             await child.hello(timeout_s=0.2)
 
 
-async def test_a_child_cancelled_while_it_imports_dbt_still_says_hello(tmp_path: Path) -> None:
-    body = 'send("cancelling", by="control"); hello(); control_line()'
+async def test_a_child_cancelled_while_it_imports_dbt_says_hello_and_who_cancelled(
+    tmp_path: Path,
+) -> None:
+    """Whether it was the lease's deadline decides if the run goes on elsewhere."""
+    body = 'send("cancelling", by="deadline"); hello(); result(2, interrupted=True)'
     async with running(tmp_path, body) as child:
         assert (await child.hello(timeout_s=30)).pid == child.pid
+        first, last = [frame async for frame in child.frames()]
+    assert isinstance(first, Cancelling)
+    assert first.by == "deadline"
+    assert isinstance(last, Result)
 
 
 async def test_a_refused_engine_is_named(tmp_path: Path) -> None:
@@ -190,11 +201,128 @@ async def test_cancel_reaches_the_child_as_a_line(tmp_path: Path) -> None:
     assert getattr(log, "message", None) == "cancel\n"
 
 
+async def test_a_deadline_reaches_the_child_as_a_line_also_before_it_is_ready(
+    tmp_path: Path,
+) -> None:
+    body = """
+        start_line()
+        for told in (sys.stdin.buffer.readline(), sys.stdin.buffer.readline()):
+            send("log", level="info", code="", name="got", message=told.decode())
+    """
+    async with running(tmp_path, body) as child:
+        child.set_deadline(1.5, 2)
+        child.set_deadline(3, 4.25)
+        told = [frame.message for frame in await received(child) if isinstance(frame, Log)]
+    assert told == ["deadline 1.500 2.000\n", "deadline 3.000 4.250\n"]
+
+
+async def test_deadlines_for_a_child_that_does_not_read_do_not_pile_up(tmp_path: Path) -> None:
+    async with running(tmp_path, "hello(); signal.pause()") as child:
+        await child.hello(timeout_s=30)
+        for _ in range(10_000):
+            child.set_deadline(1, 2)
+        stdin = child._process.stdin
+        assert stdin is not None
+        assert 0 < stdin.transport.get_write_buffer_size() < MAX_UNREAD_BYTES + 100
+
+
+async def test_a_deadline_after_a_long_start_is_not_left_out(tmp_path: Path) -> None:
+    """Part of such a Start may wait in our memory until the child has read the rest."""
+    body = """
+        wait_for("read")
+        start_line()
+        told = sys.stdin.buffer.readline().decode()
+        send("log", level="info", code="", name="got", message=told)
+    """
+    async with running(tmp_path, body, secret_env=["x" * 120_000]) as child:
+        child.set_deadline(1, 2)
+        (tmp_path / "read").touch()
+        (log,) = await received(child)
+    assert getattr(log, "message", None) == "deadline 1.000 2.000\n"
+
+
+BUSY = """
+    start_line()
+    begun = threading.Event()
+    def waits_for_long():
+        begun.set()
+        control_line()
+    threading.Thread(target=waits_for_long, daemon=True).start()
+    begun.wait()
+    def waits_too(greet):
+        greet()
+        signal.pause()
+        waits_too(lambda: None)
+    waits_too(hello)
+"""
+
+
+async def test_a_stack_shows_what_each_thread_is_at(tmp_path: Path) -> None:
+    async with running(tmp_path, BUSY, stack_file=str(tmp_path / "stacks")) as child:
+        await child.hello(timeout_s=30)
+        stack = await child.stack(timeout_s=30)
+        again = await child.stack(timeout_s=30)
+    assert stack is not None
+    assert again is not None
+    assert stack.count("Current thread") == again.count("Current thread") == 1
+    for each in (stack, again):
+        assert "waits_for_long" in each
+        assert "waits_too" in each
+
+
+async def test_a_frozen_child_has_no_stack_to_tell(tmp_path: Path) -> None:
+    async with running(tmp_path, BUSY, stack_file=str(tmp_path / "stacks")) as child:
+        await child.hello(timeout_s=30)
+        os.kill(child.pid, signal.SIGSTOP)
+        assert await child.stack(timeout_s=0.3) is None
+
+
+async def test_a_child_that_is_not_ready_is_not_asked_for_its_stack(tmp_path: Path) -> None:
+    """The signal would kill it: it has not said yet that it knows it."""
+    body = """
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        wait_for("asked")
+        hello()
+        control_line()
+        control_line()
+    """
+    async with running(tmp_path, body, stack_file=str(tmp_path / "stacks")) as child:
+        assert await child.stack(timeout_s=30) is None
+        (tmp_path / "asked").touch()
+        await child.hello(timeout_s=30)
+
+
+async def test_a_child_without_a_stack_file_and_one_that_has_gone_have_no_stack(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path, "hello(); control_line(); control_line()") as child:
+        await child.hello(timeout_s=30)
+        assert await child.stack(timeout_s=30) is None
+    async with running(tmp_path, "start_line(); hello()", stack_file=str(tmp_path / "s")) as child:
+        await child.hello(timeout_s=30)
+        await child.wait(30)
+        assert await child.stack(timeout_s=30) is None
+
+
+async def test_a_stack_is_read_without_holding_up_the_loop(tmp_path: Path) -> None:
+    """blockbuster fails the test where a file is read on the loop; others get their turn."""
+    async with running(tmp_path, BUSY, stack_file=str(tmp_path / "stacks")) as child:
+        await child.hello(timeout_s=30)
+        turns = 0
+        asking = asyncio.create_task(child.stack(timeout_s=30))
+        while not asking.done():
+            turns += 1
+            await asyncio.sleep(0)
+        assert turns > 2
+
+
 async def test_telling_a_child_that_has_gone_is_no_error(tmp_path: Path) -> None:
     async with running(tmp_path, "hello()") as child:
         await received(child)
         await child.wait(30)
         await child.cancel()
+        for _ in range(10):
+            child.set_deadline(1, 2)
         child.terminate()
         child.kill()
 
@@ -246,3 +374,35 @@ def gone(pid: int) -> bool:
             return True
         os.sched_yield()
     return False
+
+
+# Texts of stacks.
+
+
+def dump(*depths: int) -> str:
+    threads = [
+        f"Thread 0x{thread:08x} (most recent call first):\n"
+        + "".join(f'  File "f.py", line {line} in t{thread}\n' for line in range(depth))
+        for thread, depth in enumerate(depths)
+    ]
+    return "\n".join(threads)
+
+
+def test_a_long_dump_keeps_of_each_thread_the_calls_it_made_last() -> None:
+    whole = dump(3, 90, 90)
+    cut = cut_stack(whole, 1000)
+    assert len(cut.encode()) <= 1000
+    assert cut.count("most recent call first") == 3
+    assert "line 2 in t0" in cut
+    for thread in (1, 2):
+        assert f"line 9 in t{thread}" in cut
+        assert f"line 80 in t{thread}" not in cut
+    assert cut.count("  ...\n") == 2
+    assert cut_stack(whole, len(whole)) == whole
+
+
+def test_of_too_many_threads_the_first_ones_are_kept() -> None:
+    cut = cut_stack(dump(*[5] * 100), 1000)
+    assert len(cut.encode()) <= 1000
+    assert cut.startswith("Thread 0x00000000")
+    assert cut_stack("no thread at all " * 100, 100) == ("no thread at all " * 100)[:100]

@@ -28,19 +28,31 @@ import pytest
 import trustme
 from nats.aio.client import Client as Connection
 
+from dbtstream.artifact_store import ArtifactStore
 from dbtstream.client import Client, NoDaemon
 from dbtstream.config import NatsConfig, StreamsConfig
+from dbtstream.consumer import RequestConsumer
 from dbtstream.embedded import find_nats_server
 from dbtstream.errors import NatsRefused, NatsUnavailable
 from dbtstream.events import RunFinished, RunRejected, RunStarted, encode_event
+from dbtstream.execution import Services
+from dbtstream.kv_bucket import Bucket
 from dbtstream.messages import RunView
 from dbtstream.nats_auth import connect_options
 from dbtstream.nats_link import NatsLink
 from dbtstream.publishers.stored import find_stored
-from dbtstream.state_bucket import Bucket
+from dbtstream.run_lease import Held, Leases, Vacancy
+from dbtstream.scrub import Scrubber
 from dbtstream.statuses import RunStatus
-from dbtstream.store import Store
-from dbtstream.streams import LEASES_BUCKET, check_streams, ensure_streams, wanted_streams
+from dbtstream.store import NodeStates, Store
+from dbtstream.streams import (
+    ARTIFACTS_BUCKET,
+    LEASES_BUCKET,
+    check_streams,
+    ensure_streams,
+    wanted_streams,
+)
+from dbtstream.stuck_requests import StuckRequests
 from dbtstream.subjects import (
     CONTROL_CANCEL,
     EVENTS_STREAM,
@@ -88,18 +100,20 @@ PUBLISH: dict[str, set[str]] = {
     "dbt.events.crm.prod.node.model.orders.error": {ADMIN, WORKER},
     "dbt.dead.shop.prod": {ADMIN, WORKER},
     "$KV.dbt_state.run.x": {ADMIN, WORKER},
-    "$KV.dbt_leases.shop.prod": {ADMIN, WORKER},
+    "$KV.dbt_leases.run.shop.prod": {ADMIN, WORKER},
+    "$KV.dbt_leases.limit.warehouse.0": {ADMIN, WORKER},
+    "$O.dbt_artifacts.C.x": {ADMIN, WORKER},
+    "$O.dbt_artifacts.M.x": {ADMIN, WORKER},
     # what only the server writes
     "dbt.live.shop.prod.run.build._.success": {ADMIN},
     "dbt.other": {ADMIN},
     "$KV.other.key": {ADMIN},
-    "$O.dbt_artifacts.M.x": {ADMIN},
     # answers to others
     "_INBOX.worker.x": {ADMIN, WORKER},
     "_INBOX.submitter.x": {ADMIN, WORKER},
     "_R_.x.y": {ADMIN, WORKER},
     # the queue
-    "$JS.API.CONSUMER.DURABLE.CREATE.DBT_RUNS.k_x": {ADMIN, WORKER},
+    "$JS.API.CONSUMER.DURABLE.CREATE.DBT_RUNS.k_x": {ADMIN},
     "$JS.API.CONSUMER.CREATE.DBT_RUNS.unknown_k_x.dbt.runs.shop.prod": {ADMIN, WORKER},
     "$JS.API.CONSUMER.CREATE.DBT_RUNS.x": {ADMIN},
     "$JS.API.CONSUMER.CREATE.DBT_RUNS": {ADMIN},
@@ -108,9 +122,16 @@ PUBLISH: dict[str, set[str]] = {
     "$JS.API.CONSUMER.DELETE.DBT_RUNS.k_x": {ADMIN, WORKER},
     "$JS.API.CONSUMER.PAUSE.DBT_RUNS.k_x": {ADMIN},
     "$JS.API.STREAM.MSG.DELETE.DBT_RUNS": {ADMIN, WORKER},
-    "$JS.API.STREAM.MSG.GET.DBT_RUNS": {ADMIN},
+    "$JS.API.STREAM.MSG.GET.DBT_RUNS": {ADMIN, WORKER},
     "$JS.API.DIRECT.GET.DBT_RUNS.dbt.runs.shop.prod": {ADMIN},
     "$JS.ACK.DBT_RUNS.k_x.1.1.1.1.0": {ADMIN, WORKER},
+    # requests that were handed out too often
+    "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.DBT_RUNS.k_x": {ADMIN},
+    "$JS.API.CONSUMER.CREATE.DBT_ADVISORIES.stuck_requests": {ADMIN, WORKER},
+    "$JS.API.CONSUMER.CREATE.DBT_ADVISORIES.x": {ADMIN},
+    "$JS.API.CONSUMER.MSG.NEXT.DBT_ADVISORIES.stuck_requests": {ADMIN, WORKER},
+    "$JS.ACK.DBT_ADVISORIES.stuck_requests.1.1.1.1.0": {ADMIN, WORKER},
+    "$JS.API.CONSUMER.DELETE.DBT_ADVISORIES.stuck_requests": {ADMIN},
     # stored events
     "$JS.API.CONSUMER.CREATE.DBT_EVENTS.x.dbt.events.shop.>": ALL,
     "$JS.API.CONSUMER.CREATE.DBT_EVENTS.x.dbt.events.shop.*.*.*.*.*": ALL,
@@ -130,17 +151,25 @@ PUBLISH: dict[str, set[str]] = {
     "$JS.API.CONSUMER.NAMES.DBT_EVENTS": {ADMIN},
     "$JS.API.CONSUMER.LIST.DBT_EVENTS": {ADMIN},
     "$JS.API.CONSUMER.INFO.DBT_EVENTS.x": {ADMIN},
-    "$JS.API.STREAM.MSG.GET.DBT_EVENTS": {ADMIN},
+    "$JS.API.STREAM.MSG.GET.DBT_EVENTS": {ADMIN, WORKER},
     "$JS.API.DIRECT.GET.DBT_EVENTS": {ADMIN},
     "$JS.API.DIRECT.GET.DBT_EVENTS.dbt.events.shop.prod.run.build._.success": {ADMIN},
     "$JS.ACK.DBT_EVENTS.x.1.1.1.1.0": {ADMIN},
     # dead letters, state, leases
     "$JS.API.CONSUMER.CREATE.DBT_DEAD.x.dbt.dead.>": {ADMIN},
     "$JS.API.STREAM.MSG.GET.DBT_DEAD": {ADMIN},
+    "$JS.API.STREAM.MSG.DELETE.DBT_DEAD": {ADMIN},
     "$JS.API.STREAM.MSG.GET.KV_dbt_state": {ADMIN, WORKER},
     "$JS.API.STREAM.MSG.GET.KV_dbt_leases": {ADMIN, WORKER},
     "$JS.API.DIRECT.GET.KV_dbt_state": {ADMIN, WORKER},
     "$JS.API.CONSUMER.CREATE.KV_dbt_state.x.$KV.dbt_state.>": {ADMIN},
+    # artifacts
+    "$JS.API.STREAM.MSG.GET.OBJ_dbt_artifacts": {ADMIN, WORKER},
+    "$JS.API.DIRECT.GET.OBJ_dbt_artifacts": {ADMIN, WORKER},
+    "$JS.API.CONSUMER.CREATE.OBJ_dbt_artifacts": {ADMIN},
+    "$JS.API.CONSUMER.CREATE.OBJ_dbt_artifacts.x.$O.dbt_artifacts.M.>": {ADMIN},
+    "$O.dbt_artifacts.X.x": {ADMIN},
+    "$O.other.M.x": {ADMIN},
     # streams
     "$JS.API.INFO": {ADMIN, WORKER},
     "$JS.API.STREAM.NAMES": {ADMIN},
@@ -160,6 +189,7 @@ PUBLISH: dict[str, set[str]] = {
             "DELETE": {ADMIN},
         }.items()
     },
+    "$JS.API.STREAM.PURGE.OBJ_dbt_artifacts": {ADMIN, WORKER},
 }
 
 SUBSCRIBE: dict[str, set[str]] = {
@@ -551,7 +581,7 @@ async def daemon_of(
     broker: Broker, folder: Path, body: str, *, manage: bool = False
 ) -> AsyncIterator[Served]:
     """Under the role worker."""
-    config = daemon_config(folder, broker.config(WORKER), body)
+    config = daemon_config(folder, broker.config(WORKER), body, lease_ttl_s=3, heartbeat_s=1.0)
     streams = msgspec.structs.replace(config.streams, manage=manage)
     async with serving(msgspec.structs.replace(config, streams=streams)) as served:
         yield served
@@ -642,7 +672,9 @@ async def test_a_worker_may_cancel_reject_and_close_a_lost_run(
         await Store(worker).create_run(lost)
         for event in story.events:
             await worker.publish(event_subject(event), encode_event(event), event_headers(event))
-        await queue.publish("dbt.runs.shop.dev", b'{"args":["build"]}', {H_RUN_ID: lost.run_id})
+        await queue.publish(
+            "dbt.runs.shop.dev", b'{"args":["build"],"on_lost":"fail"}', {H_RUN_ID: lost.run_id}
+        )
 
         found = await ends(submitter, 5)
         stored = await find_stored(
@@ -663,6 +695,33 @@ async def test_a_worker_may_cancel_reject_and_close_a_lost_run(
     assert {event.event_id for event in story.events} < stored
 
 
+@pytest.mark.usefixtures("nothing_denied")
+async def test_a_worker_may_take_out_a_request_that_was_handed_out_too_often(
+    broker: Broker, tmp_path: Path
+) -> None:
+    config = daemon_config(tmp_path, broker.config(WORKER), GOOD_RUN, max_deliveries=1)
+
+    async def not_begun(*_: object) -> bool:
+        raise AssertionError("no run of it has begun")
+
+    async with broker.link(WORKER) as worker, broker.link(SUBMITTER) as queue:
+        store = Store(worker)
+        services = Services(config, worker, store, NodeStates(store), ArtifactStore(worker))
+        consumer = RequestConsumer(worker, config, "dbt.runs.shop.prod")
+        await queue.publish("dbt.runs.shop.prod", b'{"args":["build"]}')
+        lease = await consumer.next()
+        assert lease is not None
+        await lease.give_back()
+        stuck = StuckRequests(worker, services, not_begun)
+        asking = asyncio.create_task(consumer.next())
+        async with asyncio.timeout(30):
+            while await stuck.sweep() != ["deliveries_exhausted"]:
+                pass
+        asking.cancel()
+        await asyncio.wait({asking})
+        await consumer.close()
+
+
 async def test_a_worker_uses_the_streams_and_does_not_make_them(
     broker: Broker, tmp_path: Path
 ) -> None:
@@ -679,12 +738,61 @@ async def test_a_worker_uses_the_streams_and_does_not_make_them(
             pass
 
 
-async def test_a_worker_takes_and_keeps_a_lease(broker: Broker) -> None:
+async def test_a_worker_takes_keeps_and_gives_up_leases(broker: Broker) -> None:
     async with broker.link(WORKER) as worker:
-        leases = Bucket(worker, LEASES_BUCKET, retry_for_s=10)
-        taken = await leases.write("shop.prod", b"w1", 0)
-        kept = await leases.write("shop.prod", b"w1", taken)
-        assert await leases.read("shop.prod") == (b"w1", kept)
+        leases = Leases(worker, worker="w1", ttl_s=120, renew_s=15)
+        lease = await leases.acquire_target("shop", "prod", "r1")
+        assert lease is not None
+        async with lease:
+            assert await lease.take_limits({"warehouse": 4})
+            assert await lease.confirm()
+            assert await leases.holder("shop", "prod") == Held(
+                worker="w1", run_id="r1", token=lease.token
+            )
+        assert await leases.vacancy("shop", "prod") is Vacancy.GIVEN_UP
+
+
+@pytest.mark.parametrize("role", [SUBMITTER, VIEWER, SHOP_SUBMITTER, SHOP_VIEWER])
+async def test_only_a_worker_can_lease_or_see_who_does(broker: Broker, role: str) -> None:
+    async with broker.link(role) as link:
+        bucket = Bucket(link, LEASES_BUCKET, retry_for_s=0)
+        for call in (bucket.write("run.shop.prod", b"x", None), bucket.read("run.shop.prod")):
+            with pytest.raises(NatsRefused, match=r"(?i)permissions violation"):
+                await call
+
+
+async def test_a_worker_stores_replaces_fetches_and_deletes_artifacts(
+    broker: Broker, tmp_path: Path
+) -> None:
+    run_id = new_run_id(datetime.now(UTC))
+    file, into = tmp_path / "manifest.json", tmp_path / "state"
+    async with broker.link(WORKER) as worker:
+        store = ArtifactStore(worker)
+        for text in ("one", "two"):
+            file.write_text(text)
+            names = await store.put_run(run_id, {"manifest": file}, Scrubber())
+            assert names == {"manifest": f"{run_id}/manifest.json"}
+            assert await store.fetch(run_id, ["manifest.json"], into) == ["manifest.json"]
+            assert (into / "manifest.json").read_text() == text
+        bucket = await worker.js.object_store(ARTIFACTS_BUCKET)
+        assert (await bucket.status()).stream_info.state.messages == 2  # of the second one only
+        await bucket.delete(names["manifest"])
+        assert await store.fetch(run_id, ["manifest.json"], into) == []
+
+
+@pytest.mark.parametrize("role", [SUBMITTER, VIEWER, SHOP_SUBMITTER, SHOP_VIEWER])
+async def test_only_a_worker_can_store_or_fetch_artifacts(
+    broker: Broker, role: str, tmp_path: Path
+) -> None:
+    run_id = new_run_id(datetime.now(UTC))
+    (tmp_path / "manifest.json").write_text("{}")
+    async with broker.link(role) as link:
+        store = ArtifactStore(link)
+        files = {"manifest": tmp_path / "manifest.json"}
+        assert await store.put_run(run_id, files, Scrubber()) == {}
+        assert store.stats.failed == 1
+        with pytest.raises(NatsRefused, match=r"(?i)permissions violation"):
+            await store.fetch(run_id, ["manifest.json"], tmp_path / "state")
 
 
 # -- what the permissions cannot stop --------------------------------------------------------
@@ -851,6 +959,14 @@ async def test_the_commands_work_under_their_roles(broker: Broker, tmp_path: Pat
         _, said, problems = await dbtstream(write_config(broker, WORKER), "check")
         assert "streams: all there" in said, said + problems
         assert "daemon: one answers" in said, said + problems
+        admin = write_config(broker, ADMIN)
+        code, said, problems = await dbtstream(admin, "verify", run_id)
+        assert (code, said.startswith("agrees: ")) == (0, True), said + problems
+        code, said, problems = await dbtstream(admin, "dead", "ls")
+        assert (code, said) == (0, "no dead letters\n"), problems
+        for words in (("dead", "ls"), ("verify", run_id)):
+            code, said, problems = await dbtstream(submitter, *words)
+            assert (code, said, "permissions violation" in problems.lower()) == (1, "", True)
         tail = ("tail", "--run", run_id, "--json")
         code, said, problems = await dbtstream(viewer, *tail, "--project", "shop")
         assert (code, said.count('"run.finished"')) == (0, 1), problems

@@ -13,7 +13,7 @@ from dbtstream.events import NodeBlock, NodeFinished
 from dbtstream.messages import RunView
 from dbtstream.nats_link import NatsLink
 from dbtstream.statuses import NodeStatus, RunStatus
-from dbtstream.store import NodeState, NodeStates, RevisionConflict, Store
+from dbtstream.store import BATCH_KEYS, NodeState, NodeStates, RevisionConflict, Store
 from dbtstream.streams import ensure_streams
 from dbtstream.subjects import STATE_BUCKET, new_run_id, node_key, run_key
 
@@ -148,6 +148,7 @@ async def test_node_states_are_written_behind_the_runs_back(store: Store) -> Non
         run_id="r1",
         attempt=1,
         seq=29,
+        fence=1,
         finished_at=AT,
         resource_type="model",
         name="m29",
@@ -180,6 +181,43 @@ async def test_only_the_newest_state_of_a_node_is_written_and_it_knows_the_run_b
     key = node_key("shop", "prod", "model.shop.m")
     kv = await link.js.key_value(STATE_BUCKET)
     assert (await kv.get(key)).revision == 3  # three writes for four events
+
+
+async def test_what_a_frozen_worker_knew_does_not_replace_a_later_end(store: Store) -> None:
+    """Its fence is lower if another run came meanwhile, and its seq if the same one went on."""
+
+    def end(run_id: str, fence: int, seq: int, status: NodeStatus) -> NodeFinished:
+        at = AT + timedelta(seconds=seq)
+        event = finished("m", status, run_id, seq)
+        return msgspec.structs.replace(event, fence=fence, finished_at=at)
+
+    later = [end("r2", 7, 20, NodeStatus.SUCCESS), end("r2", 9, 30, NodeStatus.FAIL)]
+    for event in [*later, later[0], end("r1", 5, 10, NodeStatus.ERROR)]:
+        await store.put_nodes([event])
+    state = await store.get_node("shop", "prod", "model.shop.m")
+    assert state is not None
+    assert (state.run_id, state.seq, state.status) == ("r2", 30, NodeStatus.FAIL)
+    # The streams were made anew, and with them the fences.
+    await store.put_nodes([end("r3", 1, 40, NodeStatus.WARN)])
+    state = await store.get_node("shop", "prod", "model.shop.m")
+    assert state is not None
+    assert (state.run_id, state.previous_status) == ("r3", NodeStatus.FAIL)
+
+
+async def test_who_asks_is_told_when_the_states_of_a_target_are_written(store: Store) -> None:
+    states = NodeStates(store)
+    async with asyncio.timeout(60):
+        await states.written("shop", "prod")  # nothing was put
+    writing = asyncio.create_task(states.run())
+    for n in range(BATCH_KEYS + 50):
+        states.put(finished(f"m{n}", seq=n))
+    async with asyncio.timeout(60):
+        await states.written("shop", "prod")
+    for n in (0, BATCH_KEYS + 49):
+        assert await store.get_node("shop", "prod", f"model.shop.m{n}") is not None
+    assert states.counts["sent"] == BATCH_KEYS + 50
+    states.close()
+    await writing
 
 
 async def test_many_states_of_several_targets_are_written_in_batches(store: Store) -> None:

@@ -18,6 +18,7 @@ NAMES = [
     "stream DBT_RUNS",
     "stream DBT_EVENTS",
     "stream DBT_DEAD",
+    "stream DBT_ADVISORIES",
     "KV bucket dbt_state",
     "KV bucket dbt_leases",
     "object store dbt_artifacts",

@@ -8,8 +8,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from dbtstream.artifacts import LOG_TAIL_BYTES, artifact_files
 from dbtstream.config import Config, ProjectConfig, SecretRef, WorkerConfig
 from dbtstream.errors import ConfigError
+from dbtstream.scrub import Scrubber
 from dbtstream.workspace import (
     PARSE_CACHE,
     Workspace,
@@ -39,9 +41,11 @@ def project(tmp_path: Path) -> ProjectConfig:
 
 @pytest.fixture
 def prepare(config: Config, project: ProjectConfig) -> Prepare:
-    def prepared(run_id: str = RUN_ID, **changes: object) -> Workspace:
+    def prepared(run_id: str = RUN_ID, attempt: int = 1, **changes: object) -> Workspace:
         changed = msgspec.structs.replace(project, **changes)
-        return prepare_workspace(config, "shop", changed, "prod", run_id, TRACEPARENT)
+        return prepare_workspace(
+            config, "shop", changed, "prod", run_id, TRACEPARENT, attempt=attempt
+        )
 
     return prepared
 
@@ -51,27 +55,55 @@ def mode(path: Path) -> int:
 
 
 class TestFolders:
+    @pytest.mark.parametrize("umask", [0, 0o022, 0o277])
     def test_each_run_has_its_own_and_nobody_else_can_look_into_it(
-        self, prepare: Prepare, config: Config
+        self, prepare: Prepare, config: Config, umask: int
     ) -> None:
-        before = os.umask(0)
+        """Nor into any of those on the way; and its owner can, whatever the umask."""
+        config.state_dir.mkdir(mode=0o750)
+        before = os.umask(umask)
         try:
             workspace = prepare()
+            prepare(attempt=2)
         finally:
             os.umask(before)
         assert workspace.run_dir == config.state_dir / "runs" / "shop" / "prod" / RUN_ID
         assert workspace.target_path.parent == workspace.log_path.parent == workspace.run_dir
-        for folder in (
-            workspace.run_dir,
-            workspace.target_path,
-            workspace.log_path,
-            workspace.parse_cache.parent,
-        ):
-            assert folder.is_dir()
-            assert mode(folder) == 0o700
+        folders = [path for path in config.state_dir.rglob("*") if path.is_dir()]
+        assert {workspace.target_path, workspace.log_path, workspace.parse_cache.parent} < {
+            *folders
+        }
+        assert {mode(folder) for folder in folders} == {0o700}
+        assert mode(config.state_dir) == 0o750  # whoever made it has decided
+
+    def test_a_state_directory_that_is_not_there_is_made_for_us_only(
+        self, prepare: Prepare, config: Config
+    ) -> None:
+        before = os.umask(0)
+        try:
+            prepare()
+        finally:
+            os.umask(before)
+        assert mode(config.state_dir) == 0o700
+
+    def test_each_attempt_has_its_own_too(self, prepare: Prepare) -> None:
+        """What an earlier one left in its target path would be taken for this one's."""
+        first, second = prepare(), prepare(attempt=2)
+        assert first.attempt_dir == first.run_dir == second.run_dir
+        assert second.attempt_dir == first.run_dir / "attempt-2"
+        for workspace in (first, second):
+            inside = {workspace.target_path, workspace.log_path, workspace.state_path}
+            inside |= {workspace.stack_file, workspace.retry_path}
+            assert {path.parent for path in inside} == {workspace.attempt_dir}
+            assert not workspace.state_path.exists()
+        assert second.retry_path.is_dir()
+        for name in ("TARGET_PATH", "LOG_PATH"):
+            assert first.environment[f"DBT_{name}"] != second.environment[f"DBT_{name}"]
+        shared = prepare(attempt=2, target_path="target").target_path
+        assert shared == prepare(target_path="target").target_path
 
     def test_it_can_be_prepared_again(self, prepare: Prepare) -> None:
-        """A second attempt of a run finds what the first one left."""
+        """As after a crash before dbt began."""
         (prepare().target_path / "run_results.json").touch()
         assert (prepare().target_path / "run_results.json").exists()
 
@@ -93,6 +125,7 @@ class TestEnvironment:
             "DBT_LOG_PATH": str(workspace.log_path),
             "DBT_PROFILES_DIR": "/etc/dbt",
             "DBT_ENV_CUSTOM_ENV_DBTSTREAM_RUN_ID": RUN_ID,
+            "DBT_ENV_CUSTOM_ENV_DBTSTREAM_ATTEMPT": "1",
             "TRACEPARENT": TRACEPARENT,
         }
         assert workspace.environment | ours == workspace.environment
@@ -170,6 +203,7 @@ class TestParseCache:
         later = prepare(run_id=RUN_ID.replace("8f90", "8f91"))
         assert later.environment["DBT_PARTIAL_PARSE_FILE_PATH"] == str(later.parse_cache)
         assert later.parse_cache.read_bytes() == b"parsed"
+        assert mode(later.parse_cache) == 0o600
 
     def test_dbt_is_not_pointed_to_one_that_is_not_there(self, prepare: Prepare) -> None:
         """It refuses such a path."""
@@ -191,6 +225,56 @@ class TestParseCache:
         workspace.parse_cache.write_bytes(b"old")
         keep_parse_cache(workspace)
         assert workspace.parse_cache.read_bytes() == b"old"
+
+
+class TestArtifacts:
+    def find(self, workspace: Workspace, *secrets: str) -> dict[str, Path]:
+        return artifact_files(
+            workspace.target_path, workspace.log_path, workspace.attempt_dir, Scrubber(secrets)
+        )
+
+    def test_are_those_that_are_there(self, prepare: Prepare) -> None:
+        workspace = prepare()
+        assert self.find(workspace) == {}
+        for name in ("manifest.json", "sources.json", "graph.gpickle"):
+            (workspace.target_path / name).touch()
+        (workspace.log_path / "dbt.log").write_text("a line\n")
+        assert self.find(workspace) == {
+            "manifest": workspace.target_path / "manifest.json",
+            "sources": workspace.target_path / "sources.json",
+            "log": workspace.attempt_dir / "dbt.log",
+        }
+        assert (workspace.attempt_dir / "dbt.log").read_text() == "a line\n"
+
+    def test_the_log_is_cut_to_its_last_whole_lines_in_a_file_that_is_private(
+        self, prepare: Prepare
+    ) -> None:
+        workspace = prepare()
+        lines = [f"line {number} é\n" for number in range(20_000)]
+        (workspace.log_path / "dbt.log").write_text("".join(lines))
+        before = os.umask(0)
+        try:
+            tail = self.find(workspace)["log"]
+        finally:
+            os.umask(before)
+        kept = tail.read_text().splitlines(keepends=True)
+        assert kept == lines[-len(kept) :]
+        assert LOG_TAIL_BYTES - 20 < tail.stat().st_size <= LOG_TAIL_BYTES
+        assert mode(tail) == 0o600
+
+    def test_a_log_of_one_endless_line_is_cut_within_it(self, prepare: Prepare) -> None:
+        workspace = prepare()
+        (workspace.log_path / "dbt.log").write_text("x" * LOG_TAIL_BYTES * 3)
+        assert self.find(workspace)["log"].read_text() == "x" * LOG_TAIL_BYTES
+
+    def test_a_secret_through_which_the_log_is_cut_leaves_no_rest(self, prepare: Prepare) -> None:
+        workspace = prepare()
+        secret = "begin\n" + "key\n" * 20 + "end"
+        after = "x" * (LOG_TAIL_BYTES - 20) + "\n"
+        (workspace.log_path / "dbt.log").write_text("y\n" * 99 + secret + "\n" + after)
+        tail = self.find(workspace, secret)["log"].read_text()
+        assert tail.endswith(after)
+        assert "key" not in tail
 
 
 class TestOldRuns:

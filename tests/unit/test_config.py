@@ -129,7 +129,7 @@ class TestUnknownKeys:
     def test_of_the_file_name_the_tables(self, tmp_path: Path) -> None:
         error = refused(tmp_path, "[wroker]\nslots = 3\n")
         assert error.key == "wroker"
-        assert error.hint == "accepted: nats, streams, worker, log, projects"
+        assert error.hint == "accepted: nats, streams, worker, log, limits, projects"
 
     def test_the_internal_source_is_not_a_key(self, tmp_path: Path) -> None:
         assert refused(tmp_path, 'source = "x"').key == "source"
@@ -217,6 +217,16 @@ class TestValues:
             ("[worker]\nkeep_runs = -1", "worker.keep_runs", "at least 0"),
             ("[worker]\noutbox_max_bytes = 1000", "worker.outbox_max_bytes", "at least 1048576"),
             ("[worker]\nheartbeat_s = 31", "worker.heartbeat_s", "a third of worker.ack_wait_s"),
+            (
+                "[worker]\nheartbeat_s = 2\nlease_ttl_s = 5",
+                "worker.heartbeat_s",
+                "a third of worker.lease_ttl_s",
+            ),
+            ("[worker]\nlease_ttl_s = 2", "worker.lease_ttl_s", "at least 3"),
+            ("[worker]\nmax_attempts = 0", "worker.max_attempts", "at least 1"),
+            ("[limits]\nwarehouse = 0", "limits.warehouse", "is 0; it must be 1 to 1000"),
+            ('[limits]\nwarehouse = "many"', "limits", "Expected `int`"),
+            (f'{PROJECT}limits = ["x"]', "projects.shop.limits", "there is no limit 'x'"),
             ("[worker]\nheartbeat_s = 0", "worker.heartbeat_s", "above 0"),
             ("[worker]\nhandshake_timeout_s = -1", "worker.handshake_timeout_s", "above 0"),
             ("[worker]\ndrain_timeout_s = -1", "worker.drain_timeout_s", "not be negative"),

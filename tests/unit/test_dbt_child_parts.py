@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dbtstream.dbt_child import channel as channels
-from dbtstream.dbt_child import engine, plan
+from dbtstream.dbt_child import control, engine, plan, results, retry
 from dbtstream.dbt_child.callback import EventCallback
 from dbtstream.dbt_child.channel import Channel
 from dbtstream.dbt_child.event_names import OUTPUT, QUIET, TOLD
@@ -29,6 +29,8 @@ from dbtstream.frames import (
     NodeFinish,
     Nodes,
     Result,
+    clock_s,
+    deadline_line,
     decode_frame,
     frame_length,
 )
@@ -553,3 +555,75 @@ def test_a_child_started_by_hand_says_how_it_is_started() -> None:
     ran = subprocess.run([sys.executable, str(child)], capture_output=True, text=True, check=False)
     assert ran.returncode == 70
     assert "usage: python dbt_child --fd N" in ran.stderr
+
+
+def test_an_error_of_the_clean_up_after_an_interrupt_is_an_interrupted_run() -> None:
+    try:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("already closed")
+    except RuntimeError as error:
+        outcome = SimpleNamespace(success=False, exception=error)
+    assert results.result_frame(outcome, 0, {})["interrupted"] is True
+    outcome = SimpleNamespace(success=False, exception=RuntimeError("of its own"))
+    assert results.result_frame(outcome, 0, {})["interrupted"] is False
+
+
+# Deadlines.
+
+
+def test_a_deadline_is_two_finite_times() -> None:
+    assert control.deadline("12.5 60") == (12.5, 60.0)
+    assert control.deadline(deadline_line(1, 2.5).decode().split(" ", 1)[1]) == (1.0, 2.5)
+    for argument in ("", "1", "1 2 3", "one two", "nan 2", "1 inf", "1 -inf"):
+        with pytest.raises(ValueError):  # noqa: PT011 - its text is of no use to anybody
+            control.deadline(argument)
+
+
+def test_the_child_looks_at_the_same_clock_as_its_parent() -> None:
+    before = clock_s()
+    assert before <= control.clock_s() <= clock_s()
+
+
+# dbt's retry.
+
+
+def test_options_become_words_that_mean_the_same() -> None:
+    options = {
+        "target": "prod",
+        "defer_state": "a b",
+        "fail_fast": True,
+        "partial_parse": False,
+        "select": "not one of retry's",
+        "vars": "{}",
+    }
+    known = frozenset({"target", "defer_state", "fail_fast", "partial_parse", "vars"})
+    words = retry._words(options, known=known, without=frozenset({"vars"}))
+    assert words == ["--target=prod", "--defer-state=a b", "--fail-fast", "--no-partial-parse"]
+
+
+def test_what_a_file_says_of_its_run_is_made_safe_to_be_said_again() -> None:
+    """Objects as JSON; target and profile only as they are given now, never as they were then."""
+    args = {
+        "which": "build",
+        "vars": {"a": None},
+        "sample": {"start": "2024-01-01T00:00:00+00:00"},
+        "warn_error_options": {"error": [], "warn": [], "silence": []},
+        "target": "prod",
+        "profile": "other",
+        "select": ["a", "b"],
+    }
+    retry._mend(args, {"target": "dev", "threads": "3", "state": "folder"})
+    assert args == {
+        "which": "build",
+        "vars": '{"a": null}',
+        "sample": '{"start": "2024-01-01T00:00:00+00:00"}',
+        "warn_error_options": {"error": [], "warn": [], "silence": []},
+        "target": "dev",
+        "threads": "3",
+        "select": ["a", "b"],
+    }
+    retry._mend(args, {"vars": "{b: 1}"})
+    assert args["vars"] == "{b: 1}"
+    assert "target" not in args

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import struct
+import time
 
 import msgspec
 import pytest
@@ -94,6 +95,24 @@ def test_every_frame_comes_back_as_it_was_written() -> None:
     assert decode_frame(json.dumps(as_dict).encode()) == written
 
 
-def test_the_deadline_line_has_milliseconds_and_ends_the_line() -> None:
-    assert frames.deadline_line(1_766_037_600.12345) == b"deadline 1766037600.123\n"
+def test_the_deadline_line_has_both_times_in_milliseconds_and_ends_the_line() -> None:
+    assert frames.deadline_line(12_345.12345, 99_999) == b"deadline 12345.123 99999.000\n"
     assert frames.CONTROL_CANCEL.endswith(b"\n")
+
+
+def test_the_clock_of_deadlines_is_that_of_the_machine_not_of_the_process() -> None:
+    before = time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert before <= frames.clock_s() <= time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def test_a_start_says_only_of_a_retry_what_is_known() -> None:
+    """The child takes what is not there for null."""
+    results = [frames.EarlierResult(unique_id="model.shop.orders", status="error")]
+    retry = frames.Retry(args=["build"], results=results, state_dir="/state")
+    start = frames.Start(args=["build"], project_dir="/shop", retry=retry)
+    assert json.loads(msgspec.json.encode(start))["retry"] == {
+        "args": ["build"],
+        "results": [{"unique_id": "model.shop.orders", "status": "error"}],
+        "state_dir": "/state",
+    }
+    assert msgspec.json.decode(msgspec.json.encode(start), type=frames.Start) == start

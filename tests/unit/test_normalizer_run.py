@@ -8,12 +8,14 @@ import pytest
 from dbtstream import frames
 from dbtstream.endings import Ended, Ending
 from dbtstream.events import (
+    MAX_PLAN_BYTES,
     AnyEvent,
     ArtifactWritten,
     Gap,
     LogLine,
     QueryFinished,
     RunPlanned,
+    RunPlanPart,
     RunProgress,
     RunQueued,
     RunRejected,
@@ -173,14 +175,18 @@ def test_the_plan_names_every_selected_node() -> None:
     assert (plan.node_count, plan.nodes_status, plan.expected_s) == (3, "complete", 30.0)
 
 
-def test_a_plan_that_is_too_large_says_so_and_its_nodes_have_their_ends() -> None:
+def test_a_plan_too_large_for_an_event_comes_in_parts() -> None:
     many = [node(f"model.shop.{'long_' * 30}{i}") for i in range(2500)]
     story = Story()
     story.plan(*many)
     story.end(Ended.CRASHED)
 
     (plan,) = story.all(RunPlanned)
-    assert (plan.nodes, plan.nodes_status, plan.node_count) == (None, "too_large", 2500)
+    assert (plan.nodes, plan.nodes_status, plan.node_count) == (None, "in_parts", 2500)
+    parts = story.all(RunPlanPart)
+    assert plan.parts == len(parts) > 1
+    assert all(len(encode_event(part)) < MAX_PLAN_BYTES * 1.1 for part in parts)
+    assert len({entry.unique_id for part in parts for entry in part.nodes}) == 2500
     assert len(encode_event(plan)) < 2000
     assert len(story.ends()) == 2500
 

@@ -18,7 +18,16 @@ import pytest
 from dbtstream.config import KNOWN_COMMANDS, ProjectConfig
 from dbtstream.errors import RequestRejected
 from dbtstream.messages import RejectCode
-from dbtstream.policy import ALLOWED_FLAGS, INLINE_FLAGS, DbtArgs, check_args, worker_args
+from dbtstream.policy import (
+    ALLOWED_FLAGS,
+    INLINE_FLAGS,
+    RETRY_FLAGS,
+    DbtArgs,
+    check_args,
+    check_earlier,
+    check_retry,
+    worker_args,
+)
 
 SHOP = ProjectConfig(path="/shop", targets=("prod",))
 INLINE = ProjectConfig(path="/shop", targets=("prod",), allow_inline=True)
@@ -225,6 +234,60 @@ class TestRunOperation:
         assert "macros that are: grant_all" in error.message
 
 
+class TestRetry:
+    def refused(self, args: list[str]) -> RequestRejected:
+        with pytest.raises(RequestRejected) as caught:
+            check_retry(args)
+        assert caught.value.field == "args"
+        return caught.value
+
+    @pytest.mark.parametrize("args", [[], ["retry"]])
+    def test_of_a_run_needs_no_words_of_its_own(self, args: list[str]) -> None:
+        assert check_retry(args) == DbtArgs("retry", ["retry"])
+
+    def test_takes_what_dbt_heeds(self) -> None:
+        args = ["retry", "--threads", "2", "--warn-error"]
+        assert check_retry(args) == DbtArgs("retry", args)
+
+    @pytest.mark.parametrize(
+        "word",
+        ["--full-refresh", "-f", "-xf", "--fail-fast", "--defer", "--select=a", "--no-print"],
+    )
+    def test_refuses_what_dbt_would_take_and_not_heed(self, word: str) -> None:
+        """Who asks for a full refresh, and gets none, has reason to complain."""
+        error = self.refused(["retry", word])
+        assert error.code == RejectCode.USAGE_ERROR
+        assert "from the earlier run; it heeds --threads and --warn-error" in error.message
+
+    @pytest.mark.parametrize("flag", OURS)
+    def test_cannot_reach_what_belongs_to_the_worker(self, flag: str) -> None:
+        for words in spellings(flag, OURS[flag]):
+            assert self.refused(["retry", *words]).code == RejectCode.FLAG_NOT_ALLOWED
+
+    def test_is_nothing_but_a_retry(self) -> None:
+        assert self.refused(["build"]).code == RejectCode.USAGE_ERROR
+        assert "cannot be a `dbt source freshness`" in self.refused(["source", "freshness"]).message
+        assert self.refused(["retry", "--threads"]).code == RejectCode.USAGE_ERROR
+
+    def test_repeats_only_what_the_project_still_allows(self) -> None:
+        dbt = check_earlier(["run", "-s", "orders"], SHOP)
+        assert dbt == check_args(["run", "-s", "orders"], SHOP)
+        with pytest.raises(
+            RequestRejected, match=r"the run to retry: .* not allow `dbt clone`"
+        ) as e:
+            check_earlier(["clone"], SHOP)
+        assert (e.value.code, e.value.field) == (RejectCode.COMMAND_NOT_ALLOWED, "retry_of")
+
+    def test_without_a_run_needs_a_target_path_that_runs_share(self) -> None:
+        """In a private one there is never anything to retry."""
+        error = refused(["retry"], OPEN)
+        assert (error.code, "use retry_of" in error.message) == (RejectCode.USAGE_ERROR, True)
+        shared = ProjectConfig(
+            path="/shop", targets=("prod",), commands=("retry",), target_path="target"
+        )
+        assert check_args(["retry"], shared) == DbtArgs("retry", ["retry"])
+
+
 class TestAllowed:
     def test_selection_and_switches_pass_unchanged(self) -> None:
         args = [
@@ -347,6 +410,13 @@ def test_every_option_of_dbt_that_is_a_path_is_refused(
         for flag in option["flags"]:
             for words in ([flag, "x"], [f"{flag}=x"], [f"{flag}x"]):
                 assert refused([*args, *words], OPEN).code == RejectCode.FLAG_NOT_ALLOWED
+
+
+def test_what_a_retry_may_carry_are_options_of_dbts_retry(
+    dbt_options: list[dict[str, Any]],
+) -> None:
+    retry = [option["flags"] for option in dbt_options if option["command"] == "retry"]
+    assert {flag for flags in retry for flag in flags} >= RETRY_FLAGS
 
 
 def test_every_option_of_dbt_has_been_judged(dbt_options: list[dict[str, Any]]) -> None:

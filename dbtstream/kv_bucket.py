@@ -1,14 +1,15 @@
-"""The KV bucket `dbt_state`: reading and compare-and-set writing of its keys.
+"""A KV bucket: reading, and compare-and-set writing and deleting, of its keys.
 
-`store` gives the keys a meaning. It goes past nats-py's KeyValue, which reads server-placed
-markers as living entries (2.16), whose update cannot tell our own write, with its answer
-lost, from another's, and which has no way to read many keys at once.
+`store` and `run_lease` give the keys a meaning. It goes past nats-py's KeyValue (2.16), which
+reads server-placed markers as living entries, whose update drops a key's TTL and cannot tell
+our own write, with its answer lost, from another's, and which cannot read many keys at once.
 """
 
 import asyncio
 import base64
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import datetime
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,9 +18,14 @@ from dbtstream.nats_errors import WRONG_LAST_SEQUENCE, JetStreamRefused, from_an
 from dbtstream.nats_link import NatsLink, backoff_s
 
 _EXPECTED = "Nats-Expected-Last-Subject-Sequence"
-_MARKERS = ("KV-Operation", "Nats-Marker-Reason")
+_TTL = "Nats-TTL"
+_OPERATION = "KV-Operation"
+_MARKERS = (_OPERATION, "Nats-Marker-Reason")
 _NO_MESSAGE = 10037
 _READ_TIMEOUT_S = 5.0
+
+MARKER_TTL_S = 30 * 86400
+"""What says that a key was deleted goes away after so long: a bucket must not fill with it."""
 
 WORTH_A_BATCH = 20
 """An atomic batch costs the server some 25 ms whatever its size; single writes 1 to 2 ms each."""
@@ -36,10 +42,16 @@ class RevisionConflict(NatsRefused):
 
 
 class Value(NamedTuple):
-    """A key's last message. `data` is None for a deleted, purged or expired key."""
+    """A key's last message, and the server's time of it.
+
+    `data` is None for a deleted, purged or expired key; `deleted` tells those that a client
+    deleted from those that the server has marked as expired.
+    """
 
     data: bytes | None
     revision: int
+    at: datetime
+    deleted: bool = False
 
 
 class _Put(NamedTuple):
@@ -51,8 +63,8 @@ class _Put(NamedTuple):
 
 
 class Bucket:
-    """Each call is retried through outages for `retry_for_s` (None: for ever), then raises
-    NatsUnavailable; NatsRefused comes at once."""
+    """Each call is retried through outages for `retry_for_s` (None: for ever; 0: tried once),
+    then raises NatsUnavailable; NatsRefused comes at once."""
 
     def __init__(self, link: NatsLink, name: str, *, retry_for_s: float | None) -> None:
         self._link = link
@@ -60,12 +72,21 @@ class Bucket:
         self._prefix = f"$KV.{name}."
         self._retry_for_s = retry_for_s
 
-    async def write(self, key: str, data: bytes, revision: int | None) -> int:
+    async def write(
+        self, key: str, data: bytes, revision: int | None, *, ttl_s: int | None = None
+    ) -> int:
         """Over `revision` (0: it must not exist; None: whatever is there); the new one.
 
-        Raises RevisionConflict.
+        The key goes away `ttl_s` after this write; without it, it stays, even if the write
+        before had one. Equal data with a newer revision is taken for our own write, its answer
+        lost. Raises RevisionConflict.
         """
-        return await self._retried(lambda: self._write_once(key, data, revision))
+        return await self._retried(lambda: self._write_once(key, data, revision, ttl_s))
+
+    async def delete(self, key: str, revision: int) -> None:
+        """Of `revision`, by a marker that others can read for some weeks; a key that is gone
+        already is left as it is. Raises RevisionConflict."""
+        await self._retried(lambda: self._delete_once(key, revision))
 
     async def read(self, key: str) -> Value | None:
         """Through STREAM.MSG.GET, which the leader answers; a direct get may be behind."""
@@ -84,8 +105,12 @@ class Bucket:
         """All keys that match, such as `run.>`."""
         return await self._retried(lambda: self._keys(pattern))
 
-    async def _write_once(self, key: str, data: bytes, revision: int | None) -> int:
-        headers = None if revision is None else {_EXPECTED: str(revision)}
+    async def _write_once(
+        self, key: str, data: bytes, revision: int | None, ttl_s: int | None
+    ) -> int:
+        headers = {} if revision is None else {_EXPECTED: str(revision)}
+        if ttl_s is not None:
+            headers[_TTL] = f"{ttl_s}s"
         try:
             ack = await self._link.publish(self._prefix + key, data, headers)
         except JetStreamRefused as error:
@@ -95,9 +120,20 @@ class Bucket:
             if value is not None and value.data == data and value.revision > revision:
                 return value.revision  # our own write, whose answer was lost
             if revision == 0 and value is not None and value.data is None:
-                return await self._write_once(key, data, value.revision)
+                return await self._write_once(key, data, value.revision, ttl_s)
             raise RevisionConflict(key, revision) from error
         return int(ack.seq)
+
+    async def _delete_once(self, key: str, revision: int) -> None:
+        headers = {_OPERATION: "DEL", _EXPECTED: str(revision), _TTL: f"{MARKER_TTL_S}s"}
+        try:
+            await self._link.publish(self._prefix + key, b"", headers)
+        except JetStreamRefused as error:
+            if error.err_code not in WRONG_LAST_SEQUENCE:
+                raise
+            value = await self._read_once(key)
+            if value is not None and value.data is not None:
+                raise RevisionConflict(key, revision) from error
 
     async def _write_many(self, puts: "Sequence[_Put]") -> None:
         if len(puts) >= WORTH_A_BATCH:
@@ -118,7 +154,9 @@ class Bucket:
         headers = base64.b64decode(message.get("hdrs", "")).decode("utf-8", "replace")
         gone = any(f"\n{name}:" in headers for name in _MARKERS)
         data = None if gone else base64.b64decode(message.get("data", ""))
-        return Value(data, int(message["seq"]))
+        # The server's nanoseconds are cut to the microseconds that datetime has.
+        at = datetime.fromisoformat(message["time"])
+        return Value(data, int(message["seq"]), at, f"\n{_OPERATION}:" in headers)
 
     async def _keys(self, pattern: str) -> list[str]:
         """100,000 come per answer."""
@@ -165,6 +203,8 @@ class Bucket:
         return answer
 
     async def _retried(self, call: Callable[[], Awaitable[T]]) -> T:
+        if self._retry_for_s == 0:
+            return await call()
         attempt = 0
         problem: NatsUnavailable | None = None
         try:

@@ -1,0 +1,108 @@
+"""The events of one attempt on their way out: numbered by `normalizer`, kept by `outbox`.
+
+`execution` says what happened; this puts the events that come of it into the outbox, never
+waiting, the ends of nodes into their KV states too, and what was dropped into `gap` events.
+"""
+
+import logging
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from dbtstream.endings import Ending
+from dbtstream.events import AnyEvent, NodeFinished, RunFinished, encode_event
+from dbtstream.normalizer import Normalizer
+from dbtstream.outbox import Outbox, Record
+from dbtstream.store import NodeStates
+from dbtstream.subjects import event_headers, event_subject
+
+logger = logging.getLogger(__name__)
+
+
+class AttemptEvents:
+    """`emit` while it runs, `end` once."""
+
+    def __init__(
+        self,
+        normalizer: Normalizer,
+        outbox: Outbox,
+        node_states: NodeStates,
+        *,
+        content_type: str,
+        tracestate: str,
+    ) -> None:
+        self.verdict: RunFinished | None = None
+        self.ended = False
+        self._normalizer, self._outbox, self._node_states = normalizer, outbox, node_states
+        self._content_type, self._tracestate = content_type, tracestate
+
+    def emit(self, events: Iterable[AnyEvent]) -> None:
+        """Into the outbox, never waiting. What it had no room for is told in a gap."""
+        for event in events:
+            self._put(event, family=event.family)
+        self._tell_drops()
+
+    def end(self, ending: Ending, *, final: bool) -> None:
+        """The last events; with `final` the run's own is among them, and is the `verdict`."""
+        self._tell_drops()
+        self.ended = True
+        for event in self._normalizer.end(ending, at=_now(), final=final):
+            # Whatever their family, closing events are kept: no gap can follow them.
+            self._put(event, family="run")
+
+    def not_stored(self, record: Record, problem: str) -> None:
+        """NATS will never take this event: its number is covered by a gap, if one may follow."""
+        if not self.ended:
+            self.emit(
+                self._normalizer.gap(
+                    record.family,
+                    1,
+                    f"refused by NATS: {problem}",
+                    at=_now(),
+                    from_seq=record.seq,
+                    to_seq=record.seq,
+                )
+            )
+        logger.error(
+            "event refused by NATS and not stored",
+            extra={
+                "action": "event.refused",
+                "run_id": self._normalizer.context.run_id,
+                "seq": record.seq,
+                "subject": record.subject,
+                "problem": problem,
+            },
+        )
+
+    def _tell_drops(self) -> None:
+        for dropped in self._outbox.take_dropped():
+            for event in self._normalizer.gap(
+                dropped.family,
+                dropped.count,
+                "the outbox is full",
+                at=_now(),
+                from_seq=dropped.from_seq,
+                to_seq=dropped.to_seq,
+            ):
+                self._put(event, family=event.family)
+
+    def _put(self, event: AnyEvent, *, family: str) -> None:
+        if isinstance(event, NodeFinished):
+            self._node_states.put(event)
+        elif isinstance(event, RunFinished):
+            self.verdict = event
+        command = self._normalizer.context.command or "_"
+        self._outbox.put(
+            Record(
+                seq=event.seq,
+                family=family,
+                subject=event_subject(event, command=command),
+                headers=event_headers(
+                    event, content_type=self._content_type, tracestate=self._tracestate
+                ),
+                payload=encode_event(event, self._content_type),
+            )
+        )
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

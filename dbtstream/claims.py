@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from dbtstream.config import Config
 from dbtstream.duckdb_file import duckdb_file
 from dbtstream.errors import NatsError, RequestRejected
-from dbtstream.execution import Held, Services
+from dbtstream.execution import Claim, Services
 from dbtstream.job import Job
 from dbtstream.messages import OnLost, RunView
 from dbtstream.nats_link import NatsLink
@@ -56,7 +56,7 @@ class Claims:
             return None
         return await self._leases.acquire_target(job.project_name, job.target, job.run_id)
 
-    async def begin(self, request: Request, reply: str, lease: RunLease, job: Job) -> Held | None:
+    async def begin(self, request: Request, reply: str, lease: RunLease, job: Job) -> Claim | None:
         """The run, ours by its state and in the stream; None when it has ended.
 
         `reply` is where its request is settled. Raises NatsError, Superseded.
@@ -66,14 +66,14 @@ class Claims:
             stored = await self._services.store.get_run(job.run_id)
             try:
                 if stored is not None and stored[0].attempt > 0:
-                    held = Held(*stored, lease, fence, reply)
-                    return await self._take_over(request, held, job)
+                    claim = Claim(*stored, lease, fence, reply)
+                    return await self._take_over(request, claim, job)
                 view = self._first_view(job, fence.number)
                 revision = stored[1] if stored else 0
                 revision = await self._services.store.update_run(view, revision)
             except RevisionConflict:
                 continue  # `control` has just listed it as queued
-            return Held(view, revision, lease, fence, reply)
+            return Claim(view, revision, lease, fence, reply)
 
     async def end_lost(self, view: RunView, revision: int) -> bool:
         """Close a run that nobody will be given again; False if somebody is at it.
@@ -87,9 +87,9 @@ class Claims:
             return False
         async with lease:
             fence = await self._fence(lease, view.project, view.target, view.run_id)
-            held = Held(view, revision, lease, fence, "")
+            claim = Claim(view, revision, lease, fence, "")
             command = view.args[0] if view.args else "_"
-            closed = await self._close(held, OnLost.FAIL, command)
+            closed = await self._close(claim, OnLost.FAIL, command)
             if closed.verdict is not None:
                 await save_verdict(self._services, *closed.state, closed.verdict)
             return closed.verdict is not None
@@ -131,11 +131,11 @@ class Claims:
         lasted_s = 0.0 if since is None else asyncio.get_running_loop().time() - since
         return lasted_s >= settle_s(self._config.worker.lease_ttl_s)
 
-    async def _take_over(self, request: Request, held: Held, job: Job) -> Held | None:
+    async def _take_over(self, request: Request, claim: Claim, job: Job) -> Claim | None:
         """A run that had begun, here or elsewhere: ended now, or ready for its next attempt."""
-        if held.view.status.is_terminal:
+        if claim.view.status.is_terminal:
             return None
-        closed = await self._close(held, job.on_lost, job.dbt.command)
+        closed = await self._close(claim, job.on_lost, job.dbt.command)
         view, revision = closed.state
         if closed.verdict is not None:
             if closed.decision is OnLost.FAIL and job.on_lost is not OnLost.FAIL:
@@ -146,25 +146,25 @@ class Claims:
             view = next_attempt(view, at=datetime.now(UTC))
             revision = await self._services.store.update_run(view, revision)
         return replace(
-            held,
+            claim,
             view=view,
             revision=revision,
             earlier=closed.events,
             resume=closed.decision is OnLost.RESUME,
         )
 
-    async def _close(self, held: Held, on_lost: OnLost, command: str) -> Closed:
+    async def _close(self, claim: Claim, on_lost: OnLost, command: str) -> Closed:
         """Make the run ours by its state, then end what the other worker left open."""
-        cause = HANDED_OVER if held.view.worker is None else WORKER_LOST
+        cause = HANDED_OVER if claim.view.worker is None else WORKER_LOST
         view = taken_over(
-            held.view,
+            claim.view,
             worker=self._config.worker_name,
-            fence=held.fence.number,
+            fence=claim.fence.number,
             at=datetime.now(UTC),
         )
-        revision = await self._services.store.update_run(view, held.revision)
+        revision = await self._services.store.update_run(view, claim.revision)
         policy = Policy(on_lost, command, cause, self._config.worker.max_attempts)
-        closed = await close_attempt(self._services, view, revision, held.fence, policy)
+        closed = await close_attempt(self._services, view, revision, claim.fence, policy)
         self.taken_over += bool(closed.events)
         return closed
 

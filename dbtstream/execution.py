@@ -82,7 +82,7 @@ class Services:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class Claim:
     """The run in our hands, before the attempt begins: its state is stored with our fence."""
 
     view: RunView
@@ -109,11 +109,11 @@ class Outcome(Enum):
 class Execution:
     """One attempt. `run` once; `stop` at any time, as often as one likes."""
 
-    def __init__(self, job: Job, services: Services, held: Held) -> None:
+    def __init__(self, job: Job, services: Services, claim: Claim) -> None:
         self.job = job
-        self._services, self._held = services, held
+        self._services, self._claim = services, claim
         self._config = services.config
-        self._state = RunState(services.store, held.view, held.revision)
+        self._state = RunState(services.store, claim.view, claim.revision)
         self._watchdog = Watchdog(
             job.run_id,
             self._config.worker,
@@ -145,7 +145,7 @@ class Execution:
         """
         workspace = await self._prepare()
         self._normalizer = Normalizer(self._context(workspace))
-        self._normalizer.recall(self._held.earlier)
+        self._normalizer.recall(self._claim.earlier)
         self._outbox = await Outbox.open(
             self._config.state_dir / "outbox",
             self.job.run_id,
@@ -196,7 +196,7 @@ class Execution:
             )
             self._scrubber = Scrubber.for_environment(workspace.environment, workspace.secret_names)
             self._state.note(args=self._scrubber.words(job.args))
-            resumed = self._held.earlier if self._held.resume else None
+            resumed = self._claim.earlier if self._claim.resume else None
             self._command = await bring_state(job, workspace, self._services.artifacts, resumed)
         except (ConfigError, OSError, StateMissing, NatsError) as error:
             block = ErrorBlock(class_=type(error).__name__, message=str(error))
@@ -214,7 +214,7 @@ class Execution:
         publisher = JetStreamPublisher(
             self._services.events_link,
             self._outbox,
-            fence=self._held.fence,
+            fence=self._claim.fence,
             on_failed=self._events.not_stored,
         )
         tasks.create_task(self._unless_superseded(publisher.run()), name=f"publish {run_id}")
@@ -260,7 +260,7 @@ class Execution:
 
     async def _course(self, workspace: Workspace | Ending, admission: Admission) -> Ending:
         await asyncio.to_thread(write_mark, self._config, self._mark(None))
-        if not self._held.earlier:
+        if not self._claim.earlier:
             self._events.emit(self._normalizer.queued(_now()))
             self._events.emit(self._normalizer.leased(FIRST, _now()))
         if isinstance(workspace, Ending):
@@ -279,7 +279,7 @@ class Execution:
         try:
             return await self._follow(process, workspace)
         finally:
-            self._held.lease.on_deadline(None)
+            self._claim.lease.on_deadline(None)
             await asyncio.shield(process.close())
 
     async def _is_admitted(self, admission: Awaitable[None]) -> bool:
@@ -300,12 +300,12 @@ class Execution:
 
     async def _spawn(self, workspace: Workspace) -> DbtProcess:
         job = self.job
-        start = child_start(job, workspace, self._held.earlier if self._held.resume else None)
+        start = child_start(job, workspace, self._claim.earlier if self._claim.resume else None)
         self._normalizer.spawned(_now())
         process = await DbtProcess.start(
             job.project.python, start, environment=workspace.environment
         )
-        self._held.lease.on_deadline(process.set_deadline)
+        self._claim.lease.on_deadline(process.set_deadline)
         return process
 
     async def _follow(self, process: DbtProcess, workspace: Workspace) -> Ending:
@@ -382,7 +382,7 @@ class Execution:
             error = ChildCrashed("ended without a result", exit_code=exited.code, stderr_tail=tail)
         if error is None:
             return Ending(how=Ended.RESULT, exit_code=exited.code, stop=stop)
-        if stop is None and self._held.lease.expired:
+        if stop is None and self._claim.lease.expired:
             stop = Reason.HANDED_OVER  # it ended itself, as the lease could not be renewed
         ending = Ending.of_error(error, oom=exited.oom, stop=stop)
         block = ending.error and msgspec.structs.replace(
@@ -465,11 +465,11 @@ class Execution:
         )
 
     async def _until_lost(self) -> None:
-        lost = await asyncio.shield(self._held.lease.lost)
-        raise Superseded(self.job.run_id, self._held.fence.number, lost) from lost
+        lost = await asyncio.shield(self._claim.lease.lost)
+        raise Superseded(self.job.run_id, self._claim.fence.number, lost) from lost
 
     def _mark(self, pid: int | None) -> Mark:
-        lease = self._held.lease
+        lease = self._claim.lease
         return Mark(
             run_id=self.job.run_id,
             project=self.job.project_name,
@@ -477,7 +477,7 @@ class Execution:
             attempt=self.attempt,
             token=lease.token,
             keys=list(lease.keys),
-            reply=self._held.reply,
+            reply=self._claim.reply,
             pid=pid,
         )
 
@@ -488,7 +488,7 @@ class Execution:
             target=job.target,
             run_id=job.run_id,
             attempt=view.attempt,
-            fence=self._held.fence.number,
+            fence=self._claim.fence.number,
             worker=self._config.worker_name,
             host=socket.gethostname(),
             labels=job.labels,

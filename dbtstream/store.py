@@ -243,10 +243,11 @@ def _key(event: NodeFinished) -> str:
 
 
 def is_later(known: NodeState, event: NodeFinished) -> bool:
-    """Whether `known` is of a later end. Of two runs, by fence; the time is for the case that
-    fences began anew, with the streams."""
+    """Whether `known` is of a later end. By fence first: a worker that was frozen may have
+    numbered what it never published. Of two runs the time counts, too, as fences begin anew
+    when the streams do."""
     if known.run_id == event.run_id:
-        return known.seq > event.seq
+        return (known.fence, known.seq) > (event.fence, event.seq)
     ended = event.finished_at or event.time
     return known.fence > event.fence and known.finished_at is not None and known.finished_at > ended
 

@@ -229,7 +229,7 @@ def _run_text(
             ahead = f", {event.position} ahead of it" if event.position else ""
             return f"{where} run {event.run_id} queued: dbt {' '.join(event.args)}{ahead}"
         case RunLeased():
-            whose = f" of worker {event.previous_worker}" if event.previous_worker else ""
+            whose = f" from {event.previous_worker}" if event.previous_worker else ""
             then = f", then {event.decision}" if event.decision else ""
             return f"{where} run {event.run_id} taken over{whose}: {event.cause}{then}"
         case RunRejected():

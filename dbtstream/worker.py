@@ -283,11 +283,11 @@ class Worker:
         if lease is None:
             return Outcome.GIVEN_BACK
         async with lease:
-            held = await self._claims.begin(request, request.reply, lease, job)
-            if held is None:
+            claim = await self._claims.begin(request, request.reply, lease, job)
+            if claim is None:
                 self.stats.repeated += 1
                 return Outcome.ENDED
-            execution = Execution(job, self._services, held)
+            execution = Execution(job, self._services, claim)
             self.executions[job.run_id] = execution
             if self._stopping.is_set():
                 execution.stop_before_start(by="shutdown")

@@ -377,6 +377,15 @@ def backoff_s(attempt: int) -> float:
     return full * random.uniform(0.7, 1.3)  # noqa: S311  # not for secrets
 
 
+_CLOSE_ERRORS = (
+    nats.errors.Error,
+    OSError,
+    TimeoutError,
+    AssertionError,  # nats-py's answer when connect had not got far
+    RuntimeError,  # uvloop's, when nats-py flushes to a transport that is closed already
+)
+
+
 async def _close(client: Client) -> None:
     """Send what is buffered if it can, close in any case, and never hang or raise.
 
@@ -385,8 +394,7 @@ async def _close(client: Client) -> None:
     for end in (client.flush, client.close):
         if client.is_closed or (end == client.flush and not client.is_connected):
             continue
-        # AssertionError: nats-py's answer when connect had not got far.
-        with contextlib.suppress(nats.errors.Error, OSError, TimeoutError, AssertionError):
+        with contextlib.suppress(*_CLOSE_ERRORS):
             async with asyncio.timeout(CLOSE_LIMIT_S):
                 await end()
 

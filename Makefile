@@ -10,7 +10,7 @@ DBT_VERSIONS := $(patsubst tests/dbt-versions/%.txt,%,$(wildcard tests/dbt-versi
 # Every dbt that is started from here, and stays quiet about it.
 export DBT_SEND_ANONYMOUS_USAGE_STATS := 0
 
-.PHONY: demo test lint schemas test-dbt-versions bench constraints clean
+.PHONY: demo test lint schemas test-dbt-versions test-faults bench constraints clean
 
 demo: $(VENV)/.installed  ## A sample project, from request to events.
 	$(BIN)/dbtstream demo
@@ -29,7 +29,10 @@ schemas: $(VENV)/.installed-dev  ## Write schemas/ anew; read the difference bef
 test-dbt-versions: $(DBT_VERSIONS:%=test-dbt-%)  ## The child on every dbt that we support.
 
 test-dbt-%: .venvs/%/.installed $(VENV)/.installed-dev
-	DBTSTREAM_TEST_PYTHON=$(CURDIR)/.venvs/$*/bin/python $(BIN)/python -m pytest tests/integration/test_dbt_child.py
+	DBTSTREAM_TEST_PYTHON=$(CURDIR)/.venvs/$*/bin/python $(BIN)/python -m pytest tests/integration/test_dbt_child*.py
+
+test-faults: $(VENV)/.installed-dev  ## What `make test` does of tests/faults, much longer.
+	DBTSTREAM_FAULTS=long $(BIN)/python -m pytest tests/faults
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.bench

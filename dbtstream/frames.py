@@ -349,7 +349,7 @@ class EarlierResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     batch_results: BatchResults | None = None
 
 
-class Retry(msgspec.Struct, frozen=True, kw_only=True):
+class Retry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the child makes a run_results.json of, before it invokes dbt's `retry` on it.
 
     `args` are the args of the earlier attempt, as its `Start` had them.

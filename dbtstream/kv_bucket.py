@@ -11,10 +11,10 @@ import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from dbtstream.errors import NatsRefused, NatsUnavailable
-from dbtstream.nats_errors import WRONG_LAST_SEQUENCE, JetStreamRefused, from_answer
+from dbtstream.nats_errors import WRONG_LAST_SEQUENCE, JetStreamRefused
 from dbtstream.nats_link import NatsLink, backoff_s
 
 _EXPECTED = "Nats-Expected-Last-Subject-Sequence"
@@ -145,7 +145,7 @@ class Bucket:
     async def _read_once(self, key: str) -> Value | None:
         body = {"last_by_subj": self._prefix + key}
         try:
-            answer = await self._api(f"STREAM.MSG.GET.{self._stream}", body)
+            answer = await self._link.ask_jetstream(f"STREAM.MSG.GET.{self._stream}", body)
         except JetStreamRefused as error:
             if error.err_code == _NO_MESSAGE:
                 return None
@@ -163,7 +163,7 @@ class Bucket:
         keys: list[str] = []
         total = 1
         while len(keys) < total:
-            answer = await self._api(
+            answer = await self._link.ask_jetstream(
                 f"STREAM.INFO.{self._stream}",
                 {"subjects_filter": self._prefix + pattern, "offset": len(keys)},
             )
@@ -194,13 +194,6 @@ class Bucket:
                         values.append(message.data)
             finally:
                 await subscription.unsubscribe()
-
-    async def _api(self, verb: str, body: dict[str, Any]) -> dict[str, Any]:
-        reply = await self._link.request(f"$JS.API.{verb}", json.dumps(body).encode())
-        answer: dict[str, Any] = json.loads(reply.data)
-        if "error" in answer:
-            raise from_answer(verb, self._link.servers, answer["error"])
-        return answer
 
     async def _retried(self, call: Callable[[], Awaitable[T]]) -> T:
         if self._retry_for_s == 0:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 import msgspec
 
 from dbtstream.errors import NatsError, NatsRefused, NatsUnavailable
-from dbtstream.nats_errors import WRONG_LAST_SEQUENCE, JetStreamRefused, from_answer
+from dbtstream.nats_errors import WRONG_LAST_SEQUENCE, JetStreamRefused
 from dbtstream.nats_link import NatsLink, backoff_s
 from dbtstream.subjects import H_MSG_ID, rfc3339
 from dbtstream.workspace import open_private
@@ -163,14 +163,16 @@ class ObjectBucket:
 
     async def _last_chunk(self, nuid: str) -> int:
         body = {"last_by_subj": self._chunk_subject(nuid)}
-        answer = await self._api(f"STREAM.MSG.GET.{self._stream}", body)
+        answer = await self._link.ask_jetstream(f"STREAM.MSG.GET.{self._stream}", body)
         return int(answer["message"]["seq"])
 
     async def _clear_away(self, name: str, nuid: str) -> None:
         """Chunks that no object has; also when we are being cancelled, and so not for long."""
         body = {"filter": self._chunk_subject(nuid)}
         try:
-            await self._retried(lambda: self._api(f"STREAM.PURGE.{self._stream}", body), CLEAR_S)
+            await self._retried(
+                lambda: self._link.ask_jetstream(f"STREAM.PURGE.{self._stream}", body), CLEAR_S
+            )
         except NatsError as error:
             logger.warning(
                 "chunks of an object stay behind",
@@ -226,7 +228,7 @@ class ObjectBucket:
         """From the leader; a direct get may be behind."""
         body = {"last_by_subj": self._info_subject(name)}
         try:
-            answer = await self._api(f"STREAM.MSG.GET.{self._stream}", body)
+            answer = await self._link.ask_jetstream(f"STREAM.MSG.GET.{self._stream}", body)
         except JetStreamRefused as error:
             if error.err_code == _NO_MESSAGE:
                 return None
@@ -236,13 +238,6 @@ class ObjectBucket:
             return _decode_info(data)
         except msgspec.DecodeError as error:
             raise NatsRefused(f"reading {name}", f"its info is not an object's: {error}") from error
-
-    async def _api(self, verb: str, body: dict[str, Any]) -> dict[str, Any]:
-        reply = await self._link.request(f"{_API}.{verb}", json.dumps(body).encode())
-        answer: dict[str, Any] = json.loads(reply.data)
-        if "error" in answer:
-            raise from_answer(verb, self._link.servers, answer["error"])
-        return answer
 
     async def _retried(self, call: Callable[[], Awaitable[T]], retry_for_s: float | None) -> T:
         attempt = 0

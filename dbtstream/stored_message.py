@@ -5,13 +5,12 @@ link, and not through nats-py's own calls, which turn a denied request into a ti
 """
 
 import base64
-import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from dbtstream.errors import NatsUnavailable
-from dbtstream.nats_errors import JetStreamRefused, from_answer
+from dbtstream.nats_errors import JetStreamRefused
 from dbtstream.nats_link import NatsLink
 
 NO_STREAM = 10059
@@ -79,14 +78,13 @@ async def delete_stored(link: NatsLink, stream: str, seq: int) -> bool:
 
 async def _api(link: NatsLink, verb: str, body: dict[str, Any]) -> dict[str, Any] | None:
     """The answer; None for `no such message`."""
-    reply = await link.request(f"$JS.API.{verb}", json.dumps(body).encode())
-    answer: dict[str, Any] = json.loads(reply.data)
-    if "error" not in answer:
-        return answer
-    error = from_answer(verb, link.servers, answer["error"])
-    if isinstance(error, JetStreamRefused) and error.err_code in _NO_MESSAGE:
-        return None
-    raise error
+    try:
+        answer: dict[str, Any] = await link.ask_jetstream(verb, body)
+    except JetStreamRefused as error:
+        if error.err_code in _NO_MESSAGE:
+            return None
+        raise
+    return answer
 
 
 def _headers(block: bytes) -> dict[str, str]:

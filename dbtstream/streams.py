@@ -11,7 +11,7 @@ from typing import Any
 
 from dbtstream.config import StreamsConfig
 from dbtstream.errors import NatsRefused
-from dbtstream.nats_errors import JetStreamRefused, NobodyListens, from_answer
+from dbtstream.nats_errors import JetStreamRefused, NobodyListens
 from dbtstream.nats_link import NatsLink
 from dbtstream.subjects import (
     DEAD,
@@ -40,7 +40,6 @@ API_LEVEL = 2  # nats-server 2.12: atomic batches and message schedules
 OLDEST_SERVER = "2.12"
 
 _NOT_FOUND = 10059
-_API = "$JS.API"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +183,15 @@ async def _ensure(link: NatsLink, wanted: Wanted) -> str:
     everything = {**wanted.needed, **wanted.sized}
     actual = await _stream_config(link, wanted.name)
     if actual is None:
-        await _api(link, f"STREAM.CREATE.{wanted.name}", {"name": wanted.name, **everything})
+        await link.ask_jetstream(
+            f"STREAM.CREATE.{wanted.name}", {"name": wanted.name, **everything}
+        )
         return f"{wanted.what}: created"
     differences = _differences(actual, everything)
     if not differences:
         return f"{wanted.what}: as it should be"
     try:
-        await _api(link, f"STREAM.UPDATE.{wanted.name}", {**actual, **everything})
+        await link.ask_jetstream(f"STREAM.UPDATE.{wanted.name}", {**actual, **everything})
     except NatsRefused as error:
         raise NatsRefused(
             f"updating {wanted.what} ({', '.join(differences)})",
@@ -220,7 +221,7 @@ def _same(actual: Any, wanted: Any) -> bool:
 
 async def _check_server(link: NatsLink) -> None:
     try:
-        info = await _api(link, "INFO")
+        info = await link.ask_jetstream("INFO")
     except NobodyListens as error:
         raise NatsRefused(
             "using JetStream",
@@ -238,22 +239,13 @@ async def _check_server(link: NatsLink) -> None:
 
 async def _stream_config(link: NatsLink, name: str) -> dict[str, Any] | None:
     try:
-        answer = await _api(link, f"STREAM.INFO.{name}")
+        answer = await link.ask_jetstream(f"STREAM.INFO.{name}")
     except JetStreamRefused as error:
         if error.err_code == _NOT_FOUND:
             return None
         raise
     config: dict[str, Any] = answer["config"]
     return config
-
-
-async def _api(link: NatsLink, verb: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    payload = json.dumps(body).encode() if body else b""
-    reply = await link.request(f"{_API}.{verb}", payload)
-    answer: dict[str, Any] = json.loads(reply.data)
-    if "error" in answer:
-        raise from_answer(verb, link.servers, answer["error"])
-    return answer
 
 
 def _ns(seconds: float) -> int:

@@ -19,7 +19,7 @@ from nats.js.api import AckPolicy, ConsumerConfig
 from dbtstream.errors import NatsRefused, RequestRejected, Superseded
 from dbtstream.execution import Services
 from dbtstream.messages import RejectCode, RunView
-from dbtstream.nats_errors import JetStreamRefused, from_answer
+from dbtstream.nats_errors import JetStreamRefused
 from dbtstream.nats_link import NatsLink
 from dbtstream.rejection import Request, bury, reject
 from dbtstream.runs import advance
@@ -158,13 +158,14 @@ class StuckRequests:
     async def _is_outdated(self, advisory: _Advisory) -> bool:
         """Of a consumer that is gone or was made anew (also with the stream, where the sequence
         is another request's): the new one hands out what is there."""
-        path = f"$JS.API.CONSUMER.INFO.{RUNS_STREAM}.{advisory.consumer}"
-        answer = json.loads((await self._link.request(path)).data)
-        if "error" in answer:
-            error = from_answer("looking for a consumer", self._link.servers, answer["error"])
-            if isinstance(error, JetStreamRefused) and error.err_code == _CONSUMER_NOT_FOUND:
+        try:
+            answer = await self._link.ask_jetstream(
+                f"CONSUMER.INFO.{RUNS_STREAM}.{advisory.consumer}"
+            )
+        except JetStreamRefused as error:
+            if error.err_code == _CONSUMER_NOT_FOUND:
                 return True
-            raise error
+            raise
         return datetime.fromisoformat(answer["created"]) > advisory.timestamp
 
     async def _told(self) -> list[Msg]:

@@ -5,17 +5,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+NODE_FOLDERS := tests/contract deploy/examples
+NODE_PACKAGES := $(NODE_FOLDERS:%=%/node_modules/.installed)
 DBT_VERSIONS := $(patsubst tests/dbt-versions/%.txt,%,$(wildcard tests/dbt-versions/*.txt))
 
 # Every dbt that is started from here, and stays quiet about it.
 export DBT_SEND_ANONYMOUS_USAGE_STATS := 0
 
-.PHONY: demo test lint schemas test-dbt-versions test-faults bench constraints clean
+.PHONY: demo test lint schemas node-packages test-dbt-versions test-faults bench constraints clean
 
 demo: $(VENV)/.installed  ## A sample project, from request to events.
 	$(BIN)/dbtstream demo
 
-test: lint  ## What CI runs.
+test: lint node-packages  ## What CI runs.
 	$(BIN)/python -m pytest --ignore=tests/bench
 
 lint: $(VENV)/.installed-dev
@@ -25,6 +27,8 @@ lint: $(VENV)/.installed-dev
 
 schemas: $(VENV)/.installed-dev  ## Write schemas/ anew; read the difference before it goes in.
 	$(BIN)/dbtstream schema --output schemas
+
+node-packages: $(NODE_PACKAGES)  ## For the tests that read schemas/ and the examples with Node.
 
 test-dbt-versions: $(DBT_VERSIONS:%=test-dbt-%)  ## The child on every dbt that we support.
 
@@ -47,6 +51,7 @@ constraints:
 	mv constraints.txt.new constraints.txt
 
 clean:
+	rm -rf $(NODE_FOLDERS:%=%/node_modules)
 	rm -rf $(VENV) .venvs .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 
 $(VENV)/bin/python:
@@ -61,6 +66,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $(VENV)/.installed $@
+
+# Node itself comes with the Python packages. No script of a package is run.
+%/node_modules/.installed: %/package-lock.json | $(VENV)/.installed-dev
+	$(BIN)/python -m tests.node $*
+	@touch $@
 
 .PRECIOUS: .venvs/%/.installed
 .venvs/%/.installed: tests/dbt-versions/%.txt

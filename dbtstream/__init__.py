@@ -11,7 +11,7 @@ Read `execution` first. A module imports only from the layers before its own:
 
     0 contracts      errors statuses events messages frames subjects config
     1 pure           runs policy scrub trace normalizer (endings envelope ledger node_events
-                     verdict dbt_values) resume schema
+                     verdict dbt_values) resume schema (asyncapi)
     2 edges          nats_link (nats_connection nats_auth nats_errors) stored_message streams
                      selection event_stream consumer lease run_lease (lease_renewal lease_keys)
                      store (kv_bucket) run_state dead_letters outbox (outbox_file) publishers

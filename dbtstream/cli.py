@@ -329,7 +329,7 @@ def check(settings: Settings, /, as_json: bool) -> int:
     return run_to_end(commands.check(settings.config(), as_json=as_json))
 
 
-@cli.command(short_help="Print, write or compare the JSON Schemas.")
+@cli.command(short_help="Print, write or compare the contract's schemas.")
 @click.option(
     "--output",
     metavar="DIR",
@@ -344,7 +344,10 @@ def check(settings: Settings, /, as_json: bool) -> int:
     help="Say where the files there differ from what this version writes; exit code 1 if so.",
 )
 def schema(output: Path | None, compare: Path | None) -> int:
-    """Print the JSON Schemas of all messages and events, or write them to a folder.
+    """Print the JSON Schemas of all messages and events, their examples and the AsyncAPI document.
+
+    Printed, all of it is JSON. A folder gets a file for each, and asyncapi.yaml; schemas there
+    that this version would break are not written over.
 
     \b
     Example:

@@ -5,6 +5,7 @@ daemon through `client` alone. Errors of ours rise to `cli.main`, which prints o
 """
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -340,6 +341,7 @@ def _demo_hints(url: str, *, keep: bool) -> str:
         f"{ours} tail --since 10m": "what just happened",
         f"{ours} tail --family node --status error": "only what fails, as it comes",
         f"{ours} run {DEMO_AGAIN}": "another run",
+        f"{ours} lineage flights --node routes --up --columns": "what it was made from",
         f"nats -s {url} sub 'dbt.live.>'": "with any NATS client, in any language",
     }
     width = max(map(len, hints))
@@ -369,7 +371,7 @@ async def _until_interrupted() -> None:
 
 def schema(*, output: Path | None, compare: Path | None) -> int:
     """Not async: nothing here leaves this machine."""
-    from dbtstream.schema import check_schemas, write_schemas
+    from dbtstream.schema import broken_promises, check_schemas, documents, write_schemas
 
     if compare is not None:
         problems = check_schemas(compare)
@@ -379,13 +381,15 @@ def schema(*, output: Path | None, compare: Path | None) -> int:
             say(f"{compare} is what this version writes")
         return 1 if problems else 0
     if output is not None:
+        if broken := broken_promises(output):
+            say("\n".join(broken))
+            say(f"nothing written to {output}: remove what is there if that is what you mean")
+            return 1
         for path in write_schemas(output):
             say(str(path))
         return 0
-    with tempfile.TemporaryDirectory(prefix="dbtstream-") as folder:
-        for path in sorted(write_schemas(Path(folder))):
-            if path.suffix == ".json":
-                say(path.read_text(encoding="utf-8").rstrip())
+    for _, document in sorted(documents().items()):
+        say(json.dumps(document, indent=2, ensure_ascii=False))
     return 0
 
 

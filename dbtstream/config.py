@@ -7,14 +7,17 @@ read when a child is started, into that child's environment only.
 """
 
 import os
+import re
 import socket
+import string
 import sys
 import tomllib
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -63,8 +66,24 @@ DEFAULT_PASS_ENV = (
 NEVER_PASS_ENV = ("DBTSTREAM_", "NATS_", "OTEL_")
 """Not even `pass_env = ["*"]` hands these to dbt: they are the daemon's own."""
 
+ASSET_KEY_FIELDS = (
+    "project",
+    "target",
+    "namespace",
+    "database",
+    "schema",
+    "identifier",
+    "name",
+    "package_name",
+    "resource_type",
+)
+"""What `assets.key` may have in braces."""
+
 MAX_LIMIT = 1000
 """Each place under a limit is a lease of its own, looked for one by one."""
+
+SUBJECT = re.compile(r"[^\s.*>\x00-\x1f\x7f]+(\.[^\s.*>\x00-\x1f\x7f]+)*")
+HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 DEFAULT_TARGET = "default"
 """A target of this name means: whatever target the profile says."""
@@ -138,6 +157,36 @@ class LogConfig(Section, frozen=True, kw_only=True):
     format: Literal["auto", "console", "json"] = "auto"  # auto: console on a terminal
 
 
+class OpenLineageConfig(Section, frozen=True, kw_only=True):
+    """Where OpenLineage messages go: to a NATS subject, an HTTP endpoint, or both."""
+
+    namespace: str = "dbt"  # of jobs; what OpenLineage's own dbt integration has by default
+    subject: str | None = None  # of a stream that is yours, such as "openlineage.events"
+    url: str | None = None  # such as "http://marquez:5000"
+    endpoint: str = "api/v1/lineage"  # below the url
+    api_key: SecretRef | None = None  # sent as a bearer token
+    headers: dict[str, str] = {}
+    tls_ca_file: str | None = None
+    timeout_s: float = 10.0  # of one message, from connecting to its answer
+
+
+class AssetsConfig(Section, frozen=True, kw_only=True):
+    """How the datasets of a project are named and told. `meta.dbtstream` of a node wins."""
+
+    emit: bool = True  # asset events
+    key: str = "{database}.{schema}.{identifier}"  # of ASSET_KEY_FIELDS
+    prefix: str = ""  # before every key
+    namespace: str | None = None  # of datasets; by the adapter's connection if not set
+
+
+class LineageConfig(Section, frozen=True, kw_only=True):
+    emit: bool = True  # lineage events
+    columns: bool = True  # column lineage, in a process of its own
+    adapter_columns: bool = False  # ask the database for the columns of what was built
+    timeout_s: float = 10.0  # for the SQL of one model; then its status is `error`
+    wait_s: float = 15.0  # at a run's end, for what is still being read
+
+
 class ProjectConfig(Section, frozen=True, kw_only=True):
     """One dbt project. Its name, the table's key, is the first token of its subjects."""
 
@@ -163,6 +212,9 @@ class ProjectConfig(Section, frozen=True, kw_only=True):
     limits: tuple[str, ...] = ()  # of the table [limits], each taken for as long as dbt runs
     content_type: Literal["application/json", "application/msgpack"] = "application/json"
     labels: dict[str, str] = {}
+    assets: AssetsConfig = AssetsConfig()
+    lineage: LineageConfig = LineageConfig()
+    selectors: dict[str, str] = {}  # name -> dbt's selection syntax; in the events' `matches`
 
 
 class Config(Section, frozen=True, kw_only=True):
@@ -170,6 +222,7 @@ class Config(Section, frozen=True, kw_only=True):
     streams: StreamsConfig = StreamsConfig()
     worker: WorkerConfig = WorkerConfig()
     log: LogConfig = LogConfig()
+    openlineage: OpenLineageConfig | None = None  # off without its table
     limits: dict[str, int] = {}  # dbt processes at one time, over all workers, by name
     projects: dict[str, ProjectConfig] = {}
     source: str = "defaults"  # where it came from, for messages; not a key of the file
@@ -238,6 +291,7 @@ def _convert(tables: dict[str, Any], source: str) -> Config:
         "streams": StreamsConfig,
         "worker": WorkerConfig,
         "log": LogConfig,
+        "openlineage": OpenLineageConfig,
     }
     for key, value in tables.items():
         if key in kinds:
@@ -340,6 +394,8 @@ def _check(config: Config, base: Path) -> Config:
             raise ConfigError(
                 source, "worker.heartbeat_s", f"must be at most a third of worker.{key}"
             )
+    if config.openlineage is not None:
+        _check_openlineage(source, config.openlineage)
     if not config.nats.servers:
         raise ConfigError(source, "nats.servers", "is empty", 'such as ["nats://host:4222"]')
     projects = {
@@ -350,8 +406,60 @@ def _check(config: Config, base: Path) -> Config:
     return msgspec.structs.replace(
         config,
         nats=_with_paths(config.nats, base),
+        openlineage=_with_openlineage_paths(config.openlineage, base),
         projects=projects,
         worker=msgspec.structs.replace(worker, state_dir=state_dir),
+    )
+
+
+def _check_openlineage(source: str, section: OpenLineageConfig) -> None:
+    _check_durations(source, "openlineage", section)
+
+    def refuse(key: str, problem: str, hint: str = "") -> NoReturn:
+        raise ConfigError(source, f"openlineage.{key}".rstrip("."), problem, hint)
+
+    if section.subject is None and section.url is None:
+        refuse(
+            "",
+            "names no place to send to",
+            'such as url = "http://marquez:5000" or subject = "openlineage.events"',
+        )
+    if not section.namespace.strip():
+        refuse("namespace", "is empty", 'such as "dbt"')
+    if section.subject is not None:
+        if not SUBJECT.fullmatch(section.subject):
+            refuse("subject", f"{section.subject!r} is no subject to publish on")
+        if section.subject.startswith(("dbt.", "$", "_INBOX.")):
+            refuse("subject", "begins as ours or the server's do", 'such as "openlineage.events"')
+    if section.url is None:
+        for key in ("api_key", "headers", "tls_ca_file"):
+            if getattr(section, key):
+                refuse(key, "is for an HTTP endpoint, and there is no url")
+        return
+    try:
+        parts = urlsplit(section.url)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        known = False
+    if not known:
+        refuse("url", f"{section.url!r} is no address", 'such as "http://marquez:5000"')
+    if parts.query or parts.fragment or parts.username:
+        refuse("url", "has more than scheme, host, port and path", "a token goes into api_key")
+    for name, value in section.headers.items():
+        if not HEADER_NAME.fullmatch(name) or not value.isascii() or not value.isprintable():
+            refuse(f"headers.{name}", "is no HTTP header")
+
+
+def _with_openlineage_paths(
+    section: OpenLineageConfig | None, base: Path
+) -> OpenLineageConfig | None:
+    if section is None:
+        return None
+    ca_file, api_key = section.tls_ca_file, section.api_key
+    return msgspec.structs.replace(
+        section,
+        tls_ca_file=None if ca_file is None else _absolute(base, ca_file),
+        api_key=None if api_key is None else _with_path(api_key, base),
     )
 
 
@@ -423,6 +531,17 @@ def _check_project(name: str, project: ProjectConfig, config: Config, base: Path
         if variable in project.secrets:
             raise ConfigError(source, f"{key}.env.{variable}", "is also in secrets; keep one")
     _check_durations(source, key, project)
+    _check_durations(source, f"{key}.lineage", project.lineage)
+    if problem := template_problem(project.assets.key):
+        raise ConfigError(
+            source,
+            f"{key}.assets.key",
+            problem,
+            f"accepted in braces: {', '.join(ASSET_KEY_FIELDS)}",
+        )
+    for selector in project.selectors:
+        if not NAME.fullmatch(selector):
+            raise ConfigError(source, f"{key}.selectors", _name_rule(selector))
     path = _absolute(base, project.path)
     if not Path(path, "dbt_project.yml").is_file():
         raise ConfigError(source, f"{key}.path", f"{path} holds no dbt_project.yml")
@@ -434,6 +553,18 @@ def _check_project(name: str, project: ProjectConfig, config: Config, base: Path
         python=_python(project.python, base),
         secrets={name: _with_path(ref, base) for name, ref in project.secrets.items()},
     )
+
+
+def template_problem(template: str) -> str | None:
+    """What is wrong with a key template, or None."""
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        return f"{template!r} is no template: {error}"
+    unknown = [name for name in fields if name not in ASSET_KEY_FIELDS]
+    if unknown:
+        return f"{template!r} has {{{unknown[0]}}}"
+    return None if fields else f"{template!r} has no field: all keys would be the same"
 
 
 def _python(configured: str, base: Path) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from dbtstream.errors import ChildCrashed, ChildNotStarted, EngineRefused, HandshakeTimeout
-from dbtstream.events import MAX_TEXT_BYTES
+from dbtstream.event_base import MAX_TEXT_BYTES
 from dbtstream.frames import (
     CONTROL_CANCEL,
     LENGTH_BYTES,

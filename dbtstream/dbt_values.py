@@ -13,14 +13,8 @@ from typing import Any
 
 import msgspec
 
-from dbtstream.events import (
-    MAX_TEXT_BYTES,
-    BatchResults,
-    ErrorBlock,
-    FreshnessBlock,
-    NodeBlock,
-    Relation,
-)
+from dbtstream.event_base import MAX_TEXT_BYTES, ErrorBlock, FreshnessBlock, Relation
+from dbtstream.events import BatchResults, NodeBlock
 from dbtstream.frames import (
     BatchFinish,
     ErrorInfo,

@@ -10,7 +10,7 @@ from enum import StrEnum
 import msgspec
 
 from dbtstream.errors import ChildCrashed, ChildError
-from dbtstream.events import ErrorBlock
+from dbtstream.event_base import ErrorBlock
 from dbtstream.frames import Result
 from dbtstream.statuses import NodeStatus, Reason, RunStatus
 

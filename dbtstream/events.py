@@ -1,5 +1,7 @@
 """The facts that dbtstream publishes: one frozen Struct per event type of the contract.
 
+Runs and nodes are here, lineage and assets in `lineage_events`, what all share in `event_base`.
+
 `normalizer` makes them, publishers send them, `client` decodes them. They are read
 tolerantly: a reader ignores fields that it does not know, and a field added later arrives
 with a default, so that old events still decode. Within v1 no field is removed or retyped
@@ -12,58 +14,21 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from dbtstream.event_base import ErrorBlock, Event, FreshnessBlock, Relation
+from dbtstream.lineage_events import (
+    AssetChecked,
+    AssetFailed,
+    AssetMaterialized,
+    AssetObserved,
+    AssetSkipped,
+    LineageChanged,
+    LineageDeclared,
+    LineageObserved,
+)
 from dbtstream.statuses import NodeStatus, Reason, RunStatus
-
-VERSION = 1
-
-MAX_TEXT_BYTES = 8 * 1024
-"""Longer messages are cut, and the field beside them says `truncated: true`."""
 
 MAX_PLAN_BYTES = 512 * 1024
 """A plan whose node list is longer is sent in parts of about that size (`run.plan_part`)."""
-
-
-class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", omit_defaults=False):
-    """The envelope: fields that every event has.
-
-    `event_id` is `<run_id>.<attempt>.<seq>` and is the Nats-Msg-Id, so an event is stored
-    once. `seq` counts 1, 2, 3 … per run over all its attempts.
-    """
-
-    family: ClassVar[str]
-
-    event_id: str
-    time: datetime
-    seq: int
-    project: str
-    target: str
-    run_id: str
-    attempt: int
-    fence: int
-    worker: str
-    invocation_id: str | None = None
-    engine: str | None = None  # "dbt-core 1.11.16"; null until the child said hello
-    trace_id: str | None = None
-    span_id: str | None = None
-    labels: dict[str, str] = {}
-
-
-class ErrorBlock(msgspec.Struct, frozen=True, kw_only=True, rename={"class_": "class"}):
-    """What went wrong. `class` is the Python class that dbt raised, where one is known."""
-
-    class_: str
-    message: str
-    dbt_code: str | None = None
-    truncated: bool = False
-
-
-class Relation(msgspec.Struct, frozen=True, kw_only=True):
-    """The table or view that a node builds or reads; `relation_name` as dbt renders it."""
-
-    database: str | None = None
-    schema: str | None = None
-    identifier: str | None = None
-    relation_name: str | None = None
 
 
 class NodeBlock(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,17 +67,6 @@ class TestBlock(msgspec.Struct, frozen=True, kw_only=True):
     warn_if: str | None = None
     error_if: str | None = None
     failures_relation: str | None = None
-
-
-class FreshnessBlock(msgspec.Struct, frozen=True, kw_only=True):
-    """Of a source in `dbt source freshness`. Thresholds and age are seconds."""
-
-    max_loaded_at: datetime | None = None
-    snapshotted_at: datetime | None = None
-    age_s: float | None = None
-    warn_after_s: float | None = None
-    error_after_s: float | None = None
-    filter: str | None = None
 
 
 class BatchResults(msgspec.Struct, frozen=True, kw_only=True):
@@ -435,6 +389,14 @@ AnyEvent = (
     | QueryFinished
     | ArtifactWritten
     | Gap
+    | LineageDeclared
+    | LineageObserved
+    | LineageChanged
+    | AssetMaterialized
+    | AssetChecked
+    | AssetObserved
+    | AssetFailed
+    | AssetSkipped
 )
 
 DROPPABLE = ("log", "query")

@@ -32,7 +32,8 @@ from dbtstream.dbt_process import EXIT_S, DbtProcess, Exit
 from dbtstream.endings import Ended, Ending
 from dbtstream.envelope import RunContext
 from dbtstream.errors import ChildCrashed, ChildError, ConfigError, NatsError, Superseded
-from dbtstream.events import JSON, AnyEvent, ErrorBlock
+from dbtstream.event_base import ErrorBlock
+from dbtstream.events import JSON, AnyEvent
 from dbtstream.frames import AnyFrame, Hello, Invocation, Result
 from dbtstream.job import (
     Job,

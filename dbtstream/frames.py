@@ -17,7 +17,8 @@ from typing import Any
 import msgspec
 
 from dbtstream.errors import FrameCorrupt, FrameTooLarge
-from dbtstream.events import BatchResults, Relation, TestBlock
+from dbtstream.event_base import Relation
+from dbtstream.events import BatchResults, TestBlock
 
 PROTOCOL = 1
 MAX_FRAME_BYTES = 8 * 1024 * 1024
@@ -60,8 +61,30 @@ class Invocation(Frame, frozen=True, kw_only=True, tag="invocation"):
     invocation_id: str
 
 
+class PlannedColumn(msgspec.Struct, frozen=True, kw_only=True):
+    """A column that the project's YAML names."""
+
+    name: str
+    data_type: str | None = None
+    description: str | None = None
+    tags: list[str] = []
+
+
+class TestDetails(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a data test, what its TestBlock does not say."""
+
+    params: dict[str, Any] = {}  # the test's arguments but model and column_name
+    fail_calc: str | None = None
+
+
+class ExposureDetails(msgspec.Struct, frozen=True, kw_only=True):
+    type: str | None = None
+    url: str | None = None
+    maturity: str | None = None
+
+
 class PlannedNode(msgspec.Struct, frozen=True, kw_only=True):
-    """A node as the live manifest describes it."""
+    """A node as the live manifest describes it. Texts are cut at 8 KiB by the child."""
 
     unique_id: str
     resource_type: str
@@ -80,6 +103,18 @@ class PlannedNode(msgspec.Struct, frozen=True, kw_only=True):
     upstream: list[str] = []  # depends_on.nodes, as in the manifest
     relation: Relation | None = None
     test: TestBlock | None = None
+    matches: list[str] = []  # names of the project's selectors that select it
+    description: str | None = None
+    description_truncated: bool = False
+    columns: list[PlannedColumn] = []
+    contract_enforced: bool = False
+    language: str | None = None  # sql, python
+    incremental_strategy: str | None = None
+    full_refresh: bool = False  # by flag or config, in this run
+    header: list[str] | None = None  # of a seed: the first line of its CSV file
+    deferred: Relation | None = None  # where --defer would look for it
+    test_details: TestDetails | None = None
+    exposure: ExposureDetails | None = None
 
 
 class Nodes(Frame, frozen=True, kw_only=True, tag="nodes"):
@@ -97,6 +132,48 @@ class Plan(Frame, frozen=True, kw_only=True, tag="plan"):
     threads: int | None = None
     target_name: str | None = None
     others: list[PlannedNode] = []  # not selected but heard of later: hooks of the project
+
+
+class GraphNodes(Frame, frozen=True, kw_only=True, tag="graph_nodes"):
+    """A chunk of nodes that are not selected. All chunks come after `Plan` and before `Graph`.
+
+    Where the parent knows the manifest already (`Start.known_manifest`) only those that the
+    selected ones descend from, through nodes without a relation; else all that lineage is about:
+    models, seeds, snapshots, sources, exposures, and what lies between (metrics, semantic
+    models, saved queries). Tests, hooks and analyses are not among them.
+    """
+
+    nodes: list[PlannedNode]
+
+
+class SelectorProblem(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    problem: str  # "selects nothing", or dbt's own words
+
+
+class Graph(Frame, frozen=True, kw_only=True, tag="graph"):
+    """The manifest around the selection; nothing has started. Follows `Plan` where there is one.
+
+    `connection` has of the profile's target what names a dataset, never a secret: type, path,
+    host, port, account, region, project, database, schema, method, catalog …
+    """
+
+    manifest_hash: str
+    complete: bool  # false: the manifest was known, and `graph_nodes` are the near ones only
+    adapter_type: str | None = None
+    connection: dict[str, Any] = {}
+    selector_problems: list[SelectorProblem] = []
+
+
+class Columns(Frame, frozen=True, kw_only=True, tag="columns"):
+    """What the adapter says of a relation that was just built; only where the project asks.
+
+    `columns` is null when it could not be asked: `problem` says why.
+    """
+
+    unique_id: str
+    columns: list[PlannedColumn] | None = None
+    problem: str | None = None
 
 
 class NodeStart(Frame, frozen=True, kw_only=True, tag="node_start"):
@@ -145,6 +222,9 @@ class NodeFinish(Frame, frozen=True, kw_only=True, tag="node_finish"):
     failures: int | None = None
     adapter_response: dict[str, Any] = {}
     relation: Relation | None = None
+    compiled_code: str | None = None  # of models and snapshots, where Start asks for it
+    compiled_code_hash: str | None = None  # SHA-256 of all of it, of tests, too
+    compiled_code_truncated: bool = False  # it was longer than 1 MiB, and is not sent
 
 
 class NodeSkip(Frame, frozen=True, kw_only=True, tag="node_skip"):
@@ -303,6 +383,9 @@ AnyFrame = (
     | Invocation
     | Nodes
     | Plan
+    | GraphNodes
+    | Graph
+    | Columns
     | NodeStart
     | NodeWork
     | NodeError
@@ -377,6 +460,11 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     measure: bool = False
     stack_file: str | None = None  # where SIGUSR1 writes the stacks of all threads
     retry: Retry | None = None
+    graph: bool = False  # tell the manifest around the selection: graph_nodes, graph
+    known_manifest: str | None = None  # the manifest_hash that the parent has nodes of
+    compiled_code: bool = False  # with node_finish
+    adapter_columns: bool = False  # ask the adapter for the columns of what was built
+    selectors: dict[str, str] = {}  # name -> dbt's selection syntax
 
 
 # Control lines, parent -> child, after Start. EOF means the parent died: cancel.

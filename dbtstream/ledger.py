@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import msgspec
 
 from dbtstream.dbt_values import FAIL_FAST_MESSAGE, block_from_id, cut, node_block
+from dbtstream.event_base import Relation
 from dbtstream.events import (
     FailedNode,
     NodeBlock,
     NodeFinished,
     NodeStarted,
     PlanEntry,
-    Relation,
     SlowNode,
     TestBlock,
 )

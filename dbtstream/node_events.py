@@ -28,7 +28,8 @@ from dbtstream.dbt_values import (
 )
 from dbtstream.endings import Ending, Leftover, Stopping, leftover
 from dbtstream.envelope import Envelope
-from dbtstream.events import ErrorBlock, NodeBatch, NodeFinished, NodeStarted
+from dbtstream.event_base import ErrorBlock
+from dbtstream.events import NodeBatch, NodeFinished, NodeStarted
 from dbtstream.ledger import Ledger, NodeRecord
 from dbtstream.statuses import DBT_NODE_STATUS, NodeStatus, Reason
 

@@ -291,6 +291,8 @@ class Normalizer:
                 self._ledger.select(frame.nodes)
             case frames.Plan():
                 self._plan(frame)
+            case frames.GraphNodes() | frames.Graph() | frames.Columns():
+                pass  # `asset_events` reads them
             case frames.Hello():
                 self._hello(frame)
             case frames.Refused():

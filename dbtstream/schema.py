@@ -1,10 +1,10 @@
 """The contract as JSON Schema: what `schemas/` holds, generated from the Structs themselves.
 
-One schema (2020-12) and one example per message of `messages` and event of `events`; the
-examples come from `schema_examples`. `check_schemas` says where the folder and the code have
-drifted apart, and `incompatibilities` whether a drift breaks v1: a field of v1 is never
-removed or retyped. Pure, except that the two directory functions touch the directory that
-they are given. It never fetches anything: a `$id` is a name.
+One schema (2020-12) and one example per message of `messages` and event of `events`, and the
+document of `asyncapi`; the examples come from `schema_examples`. `check_schemas` says where the
+folder and the code have drifted apart, and `incompatibilities` whether a drift breaks v1: a
+field of v1 is never removed or retyped. Pure, except that the directory functions touch the
+directory that they are given. It never fetches anything: a `$id` is a name.
 """
 
 import inspect
@@ -16,11 +16,13 @@ from typing import Any, get_args
 
 import msgspec
 
-from dbtstream import events, messages
+from dbtstream import asyncapi, events, messages
+from dbtstream.event_base import VERSION
 from dbtstream.schema_examples import EXAMPLES
+from dbtstream.yaml_text import to_yaml
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-ID_PREFIX = f"urn:dbtstream:v{events.VERSION}:"
+ID_PREFIX = f"urn:dbtstream:v{VERSION}:"
 EXAMPLES_DIR = "examples"
 
 MESSAGES: dict[str, type[msgspec.Struct]] = {
@@ -92,7 +94,7 @@ def check_schemas(directory: Path) -> list[str]:
     wanted = _files()
     found = {
         path.relative_to(directory).as_posix(): path.read_text(encoding="utf-8")
-        for path in sorted(directory.rglob("*.json"))
+        for path in sorted([*directory.rglob("*.json"), *directory.rglob("*.yaml")])
     }
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} describes nothing in the code" for name in found if name not in wanted]
@@ -100,9 +102,20 @@ def check_schemas(directory: Path) -> list[str]:
         if wanted[name] == found[name]:
             continue
         problems.append(f"{name} is not what the code generates")
-        if "/" not in name:
+        if name.removesuffix(".json") in CONTRACT:
             problems += _breaks(name, found[name], wanted[name])
     return sorted(problems)
+
+
+def broken_promises(directory: Path) -> list[str]:
+    """What in the schemas there the code breaks, as sentences: not to be written over."""
+    problems = []
+    for name in CONTRACT:
+        path = directory / f"{name}.json"
+        if path.is_file():
+            old = path.read_text(encoding="utf-8")
+            problems += _breaks(path.name, old, _pretty(schema_of(name)))
+    return problems
 
 
 def incompatibilities(old: Schema, new: Schema) -> list[str]:
@@ -127,13 +140,22 @@ def incompatibilities(old: Schema, new: Schema) -> list[str]:
     return problems
 
 
+def documents() -> dict[str, Any]:
+    """Relative path -> JSON value, of everything generated."""
+    schemas = {f"{name}.json": schema_of(name) for name in CONTRACT}
+    examples = {
+        f"{EXAMPLES_DIR}/{name}.json": json.loads(msgspec.json.encode(example))
+        for name, example in EXAMPLES.items()
+    }
+    return schemas | examples | {asyncapi.FILE: asyncapi.asyncapi_document(CONTRACT, EXAMPLES)}
+
+
 def _files() -> dict[str, str]:
-    """Relative path -> content, of everything generated."""
-    files = {f"{name}.json": _pretty(schema_of(name)) for name in CONTRACT}
-    for name, example in EXAMPLES.items():
-        value = json.loads(msgspec.json.encode(example))
-        files[f"{EXAMPLES_DIR}/{name}.json"] = _pretty(value)
-    return files
+    """Relative path -> content."""
+    return {
+        path: to_yaml(value) if path == asyncapi.FILE else _pretty(value)
+        for path, value in documents().items()
+    }
 
 
 def _pretty(value: Any) -> str:
@@ -146,7 +168,7 @@ def _breaks(name: str, old: str, new: str) -> list[str]:
     except ValueError:
         return [f"{name} is not JSON"]
     broken = incompatibilities(before, json.loads(new))
-    return [f"{name} breaks v{events.VERSION}: {problem}" for problem in broken]
+    return [f"{name} breaks v{VERSION}: {problem}" for problem in broken]
 
 
 def _structs(kind: msgspec.inspect.Type) -> Iterator[msgspec.inspect.StructType]:

@@ -2,95 +2,55 @@
 
 `schema` writes them to `schemas/examples/`, and tests decode them and check them against
 their schemas. They are made with the Structs, so an example cannot say what the code does
-not. The run: a loader asks for `orders` and what follows it; the model is built, a test of it
-says no, and what is behind that test is skipped. What cannot happen in that run as well (it is
-refused, cancelled, loses log lines) has the numbers of a run like it.
+not. The run is that of `schema_story`; its lineage and assets are in `schema_lineage_examples`.
 """
 
-from datetime import UTC, datetime, timedelta
-from typing import Any
+from datetime import UTC, datetime
 
 import msgspec
 
 from dbtstream import events, messages
-from dbtstream.statuses import NodeStatus, Reason, RunStatus
-
-_RUN_ID = "019b2f3c-8a10-7c4e-9f21-5b0d6c7e8f90"
-_REQUEST_ID = "orders-load-2025-12-18T06"
-_ARGS = ["build", "--select", "orders+"]
-_LABELS = {"loader": "shop-orders"}
-_WORKER = "dbt-worker-1"
-_INVOCATION_ID = "5c1f7f0e-4a5e-4f6e-9c47-3f2d0a9b8e11"
-_ENGINE = "dbt-core 1.11.16"
-_T0 = datetime(2025, 12, 18, 6, 0, 0, 120_400, tzinfo=UTC)
-
-
-def _at(seconds: float) -> datetime:
-    return _T0 + timedelta(seconds=seconds)
-
-
-def _envelope(seq: int, seconds: float, *, said_hello: bool = True) -> dict[str, Any]:
-    return {
-        "event_id": f"{_RUN_ID}.1.{seq}",
-        "time": _at(seconds),
-        "seq": seq,
-        "project": "shop",
-        "target": "prod",
-        "run_id": _RUN_ID,
-        "attempt": 1,
-        "fence": 0,
-        "worker": _WORKER,
-        "invocation_id": _INVOCATION_ID if said_hello else None,
-        "engine": _ENGINE if said_hello else None,
-        "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736",
-        "span_id": f"{0x00F067AA0BA90200 + seq:016x}",
-        "labels": _LABELS,
-    }
-
-
-_ORDERS = events.NodeBlock(
-    unique_id="model.shop.orders",
-    resource_type="model",
-    name="orders",
-    package_name="shop",
-    materialized="table",
-    path="models/marts/orders.sql",
-    fqn=["shop", "marts", "orders"],
-    tags=["core"],
-    group="finance",
-    access="protected",
-    owners=["ada@example.com", "Finance"],
-    meta={"tier": 1},
-    checksum="0015e2659122d13c4e2953d1650aa71324feec9471457457638b5421eeff36e0",
-    upstream=["model.shop.stg_orders"],
+from dbtstream.event_base import Relation
+from dbtstream.schema_lineage_examples import LINEAGE_EXAMPLES
+from dbtstream.schema_story import (
+    ARGS,
+    INVOCATION_ID,
+    LABELS,
+    MANIFEST_HASH,
+    ORDERS,
+    ORDERS_TEST,
+    REQUEST_ID,
+    RUN_ID,
+    WORKER,
+    at,
+    envelope,
 )
-
-_ORDERS_TEST = "test.shop.not_null_orders_customer_id.c5b3f0a1d2"
+from dbtstream.statuses import NodeStatus, Reason, RunStatus
 
 _EVENTS: list[events.AnyEvent] = [
     events.RunQueued(
-        **_envelope(1, 0.0, said_hello=False),
-        args=_ARGS,
-        request_id=_REQUEST_ID,
+        **envelope(1, 0.0, said_hello=False),
+        args=ARGS,
+        request_id=REQUEST_ID,
         requested_by="loader",
         reason="12 408 new rows in raw.orders",
     ),
     events.RunLeased(
-        **_envelope(8, 131.0),
+        **envelope(8, 131.0),
         cause="worker_lost",
         decision="resume",
         previous_worker="dbt-worker-2",
     ),
     events.RunRejected(
-        **_envelope(1, 0.0, said_hello=False),
+        **envelope(1, 0.0, said_hello=False),
         code=messages.RejectCode.FLAG_NOT_ALLOWED,
         message="--target: the target is the last token of the subject",
         field="args",
-        request_id=_REQUEST_ID,
+        request_id=REQUEST_ID,
     ),
     events.RunStarted(
-        **_envelope(2, 1.4),
-        args=_ARGS,
+        **envelope(2, 1.4),
+        args=ARGS,
         dbt_version="1.11.16",
         adapter_type="duckdb",
         adapter_version="1.11.1",
@@ -102,14 +62,14 @@ _EVENTS: list[events.AnyEvent] = [
         start_s=1.38,
     ),
     events.RunPlanned(
-        **_envelope(3, 3.1),
+        **envelope(3, 3.1),
         node_count=3,
         nodes=[
             events.PlanEntry(
                 unique_id="model.shop.orders", resource_type="model", materialized="table"
             ),
             events.PlanEntry(
-                unique_id=_ORDERS_TEST, resource_type="test", depends_on=["model.shop.orders"]
+                unique_id=ORDERS_TEST, resource_type="test", depends_on=["model.shop.orders"]
             ),
             events.PlanEntry(
                 unique_id="model.shop.daily_revenue",
@@ -118,10 +78,10 @@ _EVENTS: list[events.AnyEvent] = [
                 depends_on=["model.shop.orders"],
             ),
         ],
-        manifest_hash="9d3c1f0be9d24d1c",
+        manifest_hash=MANIFEST_HASH,
     ),
     events.RunPlanPart(
-        **_envelope(4, 3.1),
+        **envelope(4, 3.1),
         part=1,
         parts=3,
         nodes=[
@@ -131,14 +91,14 @@ _EVENTS: list[events.AnyEvent] = [
         ],
     ),
     events.RunProgress(
-        **_envelope(6, 4.3),
+        **envelope(8, 4.3),
         counts=events.NodeCounts(done=1, running=1, total=3, by_status={"success": 1}),
     ),
     events.RunCancel(
-        **_envelope(7, 4.6), step="requested", by="ada", reason="the load was incomplete"
+        **envelope(7, 4.6), step="requested", by="ada", reason="the load was incomplete"
     ),
     events.RunFinished(
-        **_envelope(10, 5.2),
+        **envelope(15, 5.2),
         status=RunStatus.FAILURE,
         exit_code=1,
         command="build",
@@ -147,7 +107,7 @@ _EVENTS: list[events.AnyEvent] = [
         slowest=[events.SlowNode(unique_id="model.shop.orders", elapsed_s=1.12)],
         failed=[
             events.FailedNode(
-                unique_id=_ORDERS_TEST,
+                unique_id=ORDERS_TEST,
                 status=NodeStatus.FAIL,
                 message="Got 2 results, configured to fail if != 0",
             )
@@ -159,21 +119,21 @@ _EVENTS: list[events.AnyEvent] = [
         verified_status="equal",
     ),
     events.NodeStarted(
-        **_envelope(4, 3.1), node=_ORDERS, index=1, total=3, thread="Thread-1", ready_wait_s=0.02
+        **envelope(6, 3.1), node=ORDERS, index=1, total=3, thread="Thread-1", ready_wait_s=0.02
     ),
     events.NodeFinished(
-        **_envelope(5, 4.3),
-        node=_ORDERS,
+        **envelope(7, 4.3),
+        node=ORDERS,
         status=NodeStatus.SUCCESS,
         dbt_status="success",
-        started_at=_at(3.15),
-        finished_at=_at(4.27),
+        started_at=at(3.15),
+        finished_at=at(4.27),
         compile_s=0.04,
         execute_s=1.07,
         rows_affected=12_408,
         adapter_response={"_message": "OK"},
         message="OK",
-        relation=events.Relation(
+        relation=Relation(
             database="shop",
             schema="main",
             identifier="orders",
@@ -181,7 +141,7 @@ _EVENTS: list[events.AnyEvent] = [
         ),
     ),
     events.NodeBatch(
-        **_envelope(5, 4.1),
+        **envelope(5, 4.1),
         unique_id="model.shop.order_events",
         resource_type="model",
         name="order_events",
@@ -193,27 +153,27 @@ _EVENTS: list[events.AnyEvent] = [
         event_time_end=datetime(2025, 12, 18, tzinfo=UTC),
     ),
     events.LogLine(
-        **_envelope(8, 4.9),
+        **envelope(8, 4.9),
         level="warn",
         code="D019",
         name="UnusedTables",
         message="`stg_orders` is declared in sources and used by no model",
     ),
     events.QueryFinished(
-        **_envelope(8, 4.2),
+        **envelope(8, 4.2),
         unique_id="model.shop.orders",
         elapsed_s=0.98,
         status="OK",
     ),
     events.ArtifactWritten(
-        **_envelope(9, 5.1),
+        **envelope(14, 5.1),
         kind="run_results",
         path="run_results.json",
         sha256="b5bb9d8014a0f9b1d61e21e796d78dccdf1352f23cd32812f4850b878ae4944c",
         size=4_812,
     ),
     events.Gap(
-        **_envelope(12, 6.0),
+        **envelope(12, 6.0),
         dropped_family="log",
         count=40,
         why="the outbox of this run is full",
@@ -223,9 +183,9 @@ _EVENTS: list[events.AnyEvent] = [
 ]
 
 _FAILED_TEST = events.NodeFinished(
-    **_envelope(8, 4.8),
+    **envelope(10, 4.8),
     node=events.NodeBlock(
-        unique_id=_ORDERS_TEST,
+        unique_id=ORDERS_TEST,
         resource_type="test",
         name="not_null_orders_customer_id",
         package_name="shop",
@@ -237,8 +197,8 @@ _FAILED_TEST = events.NodeFinished(
     ),
     status=NodeStatus.FAIL,
     dbt_status="fail",
-    started_at=_at(4.31),
-    finished_at=_at(4.79),
+    started_at=at(4.31),
+    finished_at=at(4.79),
     compile_s=0.02,
     execute_s=0.44,
     message="Got 2 results, configured to fail if != 0",
@@ -254,7 +214,7 @@ _FAILED_TEST = events.NodeFinished(
 )
 
 _SKIPPED = events.NodeFinished(
-    **_envelope(9, 4.9),
+    **envelope(12, 4.9),
     node=events.NodeBlock(
         unique_id="model.shop.daily_revenue",
         resource_type="model",
@@ -268,39 +228,39 @@ _SKIPPED = events.NodeFinished(
     status=NodeStatus.SKIPPED,
     dbt_status="skipped",
     reason=Reason.UPSTREAM_FAILED,
-    root_causes=[_ORDERS_TEST],
+    root_causes=[ORDERS_TEST],
 )
 
 _REQUEST = messages.RunRequest(
-    args=_ARGS,
+    args=ARGS,
     vars={"load_date": "2025-12-18"},
-    request_id=_REQUEST_ID,
-    not_after=_at(3600),
+    request_id=REQUEST_ID,
+    not_after=at(3600),
     timeout_s=900,
-    labels=_LABELS,
+    labels=LABELS,
     reason="12 408 new rows in raw.orders",
     requested_by="loader",
 )
 
 _VIEW = messages.RunView(
-    run_id=_RUN_ID,
+    run_id=RUN_ID,
     project="shop",
     target="prod",
     status=RunStatus.FAILURE,
-    args=_ARGS,
-    request_id=_REQUEST_ID,
+    args=ARGS,
+    request_id=REQUEST_ID,
     requested_by="loader",
     reason="12 408 new rows in raw.orders",
-    labels=_LABELS,
+    labels=LABELS,
     attempt=1,
-    worker=_WORKER,
-    invocation_id=_INVOCATION_ID,
+    worker=WORKER,
+    invocation_id=INVOCATION_ID,
     request_seq=7,
-    last_seq=10,
-    queued_at=_at(0),
-    started_at=_at(1.4),
-    finished_at=_at(5.2),
-    updated_at=_at(5.2),
+    last_seq=15,
+    queued_at=at(0),
+    started_at=at(1.4),
+    finished_at=at(5.2),
+    updated_at=at(5.2),
     exit_code=1,
     counts={"model": {"success": 1, "skipped": 1}, "test": {"fail": 1}},
 )
@@ -309,21 +269,22 @@ EXAMPLES: dict[str, msgspec.Struct] = {
     "request.run": _REQUEST,
     "request.submit": messages.SubmitRequest(project="shop", target="prod", request=_REQUEST),
     "request.cancel": messages.CancelRequest(
-        run_id=_RUN_ID, by="ada", reason="the load was incomplete"
+        run_id=RUN_ID, by="ada", reason="the load was incomplete"
     ),
-    "request.get": messages.GetRequest(run_id=_RUN_ID),
+    "request.get": messages.GetRequest(run_id=RUN_ID),
     "request.list": messages.ListRequest(project="shop", active=True, limit=20),
-    "reply.run_accepted": messages.RunAccepted(run_id=_RUN_ID, project="shop", target="prod"),
+    "reply.run_accepted": messages.RunAccepted(run_id=RUN_ID, project="shop", target="prod"),
     "reply.run_rejected": messages.RunRejected(
         code=messages.RejectCode.FLAG_NOT_ALLOWED,
         message="--target: the target is the last token of the subject",
         field="args",
     ),
-    "reply.cancel_accepted": messages.CancelAccepted(run_id=_RUN_ID, status=RunStatus.RUNNING),
+    "reply.cancel_accepted": messages.CancelAccepted(run_id=RUN_ID, status=RunStatus.RUNNING),
     "reply.run_view": _VIEW,
     "reply.run_list": messages.RunList(runs=[_VIEW], waiting={"shop.prod": 2}),
-    "reply.error": messages.ControlError(code="not_found", message=f"no run {_RUN_ID} is known"),
+    "reply.error": messages.ControlError(code="not_found", message=f"no run {RUN_ID} is known"),
     **{f"event.{events.event_type(event)}": event for event in _EVENTS},
+    **LINEAGE_EXAMPLES,
     "event.node.finished.failed_test": _FAILED_TEST,
     "event.node.finished.skipped": _SKIPPED,
 }

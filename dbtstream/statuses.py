@@ -76,6 +76,17 @@ class Reason(StrEnum):
     HANDED_OVER = "handed_over"  # its worker gave the run to another one, which goes on with it
 
 
+class ColumnLineageStatus(StrEnum):
+    """What became of a node's column lineage. Closed list."""
+
+    COMPLETE = "complete"
+    PARTIAL = "partial"  # some columns could not be traced, or some inputs' columns are not known
+    UNSUPPORTED = "unsupported"  # no SQL (a Python model), or a dialect that is not known
+    ERROR = "error"  # the SQL could not be read, or not in time
+    DISABLED = "disabled"  # by the config or by the node's meta
+    NOT_COMPILED = "not_compiled"  # of lineage.declared: there is no compiled SQL yet
+
+
 DBT_NODE_STATUS: dict[str, NodeStatus] = {
     # word in dbt     ours                          seen in
     "success": NodeStatus.SUCCESS,  # models, seeds, snapshots, hooks from 1.9

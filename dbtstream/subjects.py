@@ -29,6 +29,7 @@ from dbtstream.events import (
     RunLeased,
     event_type,
 )
+from dbtstream.lineage_events import Asset, Lineage, LineageChanged
 
 RUNS = "dbt.runs"
 EVENTS = "dbt.events"
@@ -41,6 +42,7 @@ RUNS_STREAM = "DBT_RUNS"
 EVENTS_STREAM = "DBT_EVENTS"
 DEAD_STREAM = "DBT_DEAD"
 STATE_BUCKET = "dbt_state"
+LINEAGE_BUCKET = "dbt_lineage"
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """What projects, targets and workers may be called: safe in subjects, KV keys and paths."""
@@ -50,6 +52,7 @@ H_RUN_ID = "dbtstream-run-id"
 H_ATTEMPT = "dbtstream-attempt"
 H_SEQ = "dbtstream-seq"
 H_FENCE = "dbtstream-fence"
+H_MATCHES = "dbtstream-matches"
 H_CONTENT_TYPE = "Content-Type"
 H_TRACEPARENT = "traceparent"
 H_TRACESTATE = "tracestate"
@@ -88,6 +91,26 @@ def node_key(project: str, target: str, unique_id: str) -> str:
     return f"node.{project}.{target}.{kv_key(unique_id)}"
 
 
+def declared_key(project: str, target: str, unique_id: str) -> str:
+    """In the bucket `dbt_lineage`: the node's last lineage.declared."""
+    return f"declared.{project}.{target}.{kv_key(unique_id)}"
+
+
+def observed_key(project: str, target: str, unique_id: str) -> str:
+    """In the bucket `dbt_lineage`: the node's last lineage.observed."""
+    return f"observed.{project}.{target}.{kv_key(unique_id)}"
+
+
+def asset_key(project: str, target: str, unique_id: str) -> str:
+    """In the bucket `dbt_lineage`: what is known of the asset's last build."""
+    return f"asset.{project}.{target}.{kv_key(unique_id)}"
+
+
+def graph_key(project: str, target: str) -> str:
+    """In the bucket `dbt_lineage`: the manifest that all `declared` keys are of."""
+    return f"graph.{project}.{target}"
+
+
 def request_key(project: str, target: str, request_id: str) -> str:
     """Where a request_id is remembered: it may be long and odd, so its hash is the key."""
     digest = hashlib.blake2b(request_id.encode(), digest_size=16).hexdigest()
@@ -121,6 +144,12 @@ def event_subject(event: AnyEvent, *, command: str = "_") -> str:
             tail = ("artifact", event.kind, "_", "written")
         case Gap():
             tail = ("gap", event.dropped_family, "_", "_")
+        case Lineage():
+            tail = ("lineage", event.resource_type, event.name, _last_word(event))
+        case LineageChanged():
+            tail = ("lineage", "_", "_", "changed")
+        case Asset():
+            tail = ("asset", event.resource_type, event.name, _last_word(event))
         case RunLeased():
             return leased_subject(event.project, event.target)
         case RunFinished():
@@ -128,6 +157,11 @@ def event_subject(event: AnyEvent, *, command: str = "_") -> str:
         case _:
             tail = ("run", command, "_", event_type(event).removeprefix("run."))
     return ".".join((EVENTS, event.project, event.target, *map(token, tail)))
+
+
+def _last_word(event: AnyEvent) -> str:
+    """`materialized` of asset.materialized."""
+    return event_type(event).partition(".")[2]
 
 
 def event_headers(
@@ -149,6 +183,15 @@ def event_headers(
         H_SEQ: str(event.seq),
         H_FENCE: str(event.fence),
     }
+    match event:
+        case NodeStarted() | NodeFinished():
+            matches = event.node.matches
+        case Asset():
+            matches = event.matches
+        case _:
+            matches = []
+    if matches:
+        headers[H_MATCHES] = ",".join(matches)
     if event.trace_id and event.span_id:
         headers[H_TRACEPARENT] = f"00-{event.trace_id}-{event.span_id}-01"
         if tracestate:
@@ -161,7 +204,7 @@ def ce_subject(event: AnyEvent) -> str:
     match event:
         case NodeStarted() | NodeFinished():
             about = event.node.unique_id
-        case NodeBatch():
+        case NodeBatch() | Lineage() | Asset():
             about = event.unique_id
         case _:
             about = event.run_id

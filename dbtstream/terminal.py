@@ -9,10 +9,10 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 
+from dbtstream.event_base import ErrorBlock
 from dbtstream.events import (
     AnyEvent,
     ArtifactWritten,
-    ErrorBlock,
     Gap,
     LogLine,
     NodeBatch,
@@ -29,6 +29,7 @@ from dbtstream.events import (
     RunRejected,
     RunStarted,
 )
+from dbtstream.lineage_events import Asset, Lineage, LineageChanged
 from dbtstream.statuses import NodeStatus, Reason, RunStatus
 
 MAX_PROBLEMS = 200
@@ -210,7 +211,7 @@ def _plain_text(event: AnyEvent) -> str | None:
             return _node_line(word, event.resource_type, batch) + _took(event.execute_s)
         case LogLine():
             return event.message if event.name in RESULT_LOGS else f"{event.level}: {event.message}"
-        case RunProgress() | ArtifactWritten():
+        case RunProgress() | ArtifactWritten() | Lineage() | LineageChanged() | Asset():
             return None
         case QueryFinished():
             return f"query of {event.unique_id or 'dbt'}: {event.status}{_took(event.elapsed_s)}"

@@ -12,16 +12,8 @@ import msgspec
 from dbtstream import frames
 from dbtstream.endings import Ended, Ending
 from dbtstream.envelope import RunContext
-from dbtstream.events import (
-    AnyEvent,
-    Event,
-    NodeFinished,
-    NodeStarted,
-    Relation,
-    RunFinished,
-    TestBlock,
-    event_type,
-)
+from dbtstream.event_base import Event, Relation
+from dbtstream.events import AnyEvent, NodeFinished, NodeStarted, RunFinished, TestBlock, event_type
 from dbtstream.normalizer import Normalizer
 from dbtstream.statuses import Reason
 from tests.guarantees import check_run

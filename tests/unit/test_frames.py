@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dbtstream import events, frames
 from dbtstream.errors import ChildCrashed, FrameCorrupt, FrameTooLarge
+from dbtstream.event_base import Relation
 from dbtstream.frames import MAX_FRAME_BYTES, decode_frame, frame_length
 
 
@@ -86,7 +87,7 @@ def test_every_frame_comes_back_as_it_was_written() -> None:
         resource_type="model",
         name="orders",
         meta={"tier": 1, "nested": [None]},
-        relation=events.Relation(identifier="orders"),
+        relation=Relation(identifier="orders"),
         test=events.TestBlock(column="id"),
     )
     written = frames.Nodes(n=2, at=1.25, nodes=[node])

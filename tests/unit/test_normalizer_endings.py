@@ -10,7 +10,8 @@ import pytest
 from dbtstream import frames
 from dbtstream.endings import Ended, Ending
 from dbtstream.errors import ChildCrashed, ChildNotStarted, EngineRefused, HandshakeTimeout
-from dbtstream.events import ErrorBlock, LogLine, RunCancel, RunFinished
+from dbtstream.event_base import ErrorBlock
+from dbtstream.events import LogLine, RunCancel, RunFinished
 from dbtstream.normalizer import Normalizer
 from dbtstream.statuses import Reason, RunStatus
 from tests.stories import BEGIN, Story, context, node

@@ -8,14 +8,8 @@ import pytest
 from dbtstream import frames
 from dbtstream.dbt_values import amount, block_from_id, clean, cut, dbt_time, seconds_of
 from dbtstream.endings import Ended
-from dbtstream.events import (
-    MAX_TEXT_BYTES,
-    BatchResults,
-    NodeBatch,
-    NodeFinished,
-    NodeStarted,
-    Relation,
-)
+from dbtstream.event_base import MAX_TEXT_BYTES, Relation
+from dbtstream.events import BatchResults, NodeBatch, NodeFinished, NodeStarted
 from tests.stories import Story, node
 
 RAW, ORDERS = "model.shop.raw", "model.shop.orders"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from dbtstream.endings import Ended, Ending
+from dbtstream.event_base import ErrorBlock
 from dbtstream.events import (
     AnyEvent,
-    ErrorBlock,
     LogLine,
     NodeBatch,
     NodeFinished,

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import msgspec
 import pytest
 from jsonschema.protocols import Validator
 
-from dbtstream import events, messages, statuses
+from dbtstream import asyncapi_facts, commands, events, messages, statuses, subjects
 from dbtstream.schema import (
     CONTRACT,
     DIALECT,
@@ -153,18 +154,20 @@ def test_the_limits_that_a_schema_can_say_are_said() -> None:
 
 
 def test_check_names_every_kind_of_drift(tmp_path: Path) -> None:
-    assert len(write_schemas(tmp_path)) == len(CONTRACT) + len(EXAMPLES)
+    assert len(write_schemas(tmp_path)) == len(CONTRACT) + len(EXAMPLES) + 1
     assert check_schemas(tmp_path) == []
 
     (tmp_path / "request.get.json").unlink()
     (tmp_path / "event.invented.json").write_text("{}")
     (tmp_path / "examples" / "event.gap.json").write_text("{}")
     (tmp_path / "reply.error.json").write_text("not JSON")
+    (tmp_path / "asyncapi.yaml").write_text("asyncapi: 2.6.0")
     older = schema_of("event.gap")
     older["properties"]["forgotten"] = {"type": "string"}
     (tmp_path / "event.gap.json").write_text(json.dumps(older))
 
     assert check_schemas(tmp_path) == [
+        "asyncapi.yaml is not what the code generates",
         "event.gap.json breaks v1: forgotten is gone",
         "event.gap.json is not what the code generates",
         "event.invented.json describes nothing in the code",
@@ -202,6 +205,15 @@ class TestIncompatibilities:
             "node.tags[] was string and is integer",
             "failures was integer or null and is integer",
         ]
+
+    @pytest.mark.parametrize("name", CONTRACT)
+    def test_no_field_can_go_or_change_its_type_unseen_however_deep(self, name: str) -> None:
+        for place, field in every_field(schema_of(name)):
+            gone, retyped = edited(name), edited(name)
+            del properties(gone, place)[field]
+            assert broken(name, gone), (place, field)
+            properties(retyped, place)[field] = {"type": "array", "items": {"type": "null"}}
+            assert broken(name, retyped), (place, field)
 
     def test_a_field_of_an_event_that_may_become_absent_is_told(self) -> None:
         new = edited("event.gap")
@@ -255,6 +267,16 @@ class TestIncompatibilities:
         assert broken("event.gap", new) == []
 
 
+WORDS = (
+    *("manifest", "meta", "DIRECT", "INDIRECT", "IDENTITY", "TRANSFORMATION", "AGGREGATION"),
+    *("JOIN", "GROUP_BY", "FILTER", "SORT", "WINDOW", "CONDITIONAL"),
+    *("adapter", "catalog", "contract", "inferred", "documented"),
+    *("code", "inputs", "relation", "materialized", "exposures", "added", "removed", "changed"),
+    *("pass", "runtime error"),
+)
+"""Of lineage and asset events, where a field is a text and not a closed list."""
+
+
 def test_the_readme_names_every_word_of_the_contract() -> None:
     """Statuses, codes, reasons, events, headers and limits are those of the code."""
     readme = (SCHEMAS / "README.md").read_text(encoding="utf-8")
@@ -264,11 +286,30 @@ def test_the_readme_names_every_word_of_the_contract() -> None:
         *statuses.RunStatus,
         *statuses.Reason,
         *messages.RejectCode,
+        *statuses.ColumnLineageStatus,
         *(name.removeprefix("event.") for name in EVENTS),
+        *asyncapi_facts.EVENT_HEADERS,
+        *asyncapi_facts.JETSTREAM["streams"],
+        subjects.LINEAGE_BUCKET,
+        *(key for key in asyncapi_facts.JETSTREAM["buckets"][subjects.LINEAGE_BUCKET]["keys"]),
+        *WORDS,
     }
     assert wanted - quoted == set()
     assert messages.MAX_REQUEST_BYTES == 256 * 1024
     assert "Limits: 256 KiB in all, 1000 args, 64 KiB of `vars`" in readme
+
+
+def every_field(schema: dict[str, Any]) -> Iterator[tuple[str | None, str]]:
+    """(the definition that has it, or None for the message itself; the field's name)."""
+    for place, described in {None: schema, **schema.get("$defs", {})}.items():
+        for field in described.get("properties", {}):
+            yield place, field
+
+
+def properties(schema: dict[str, Any], place: str | None) -> dict[str, Any]:
+    described = schema if place is None else schema["$defs"][place]
+    found: dict[str, Any] = described["properties"]
+    return found
 
 
 def edited(name: str) -> dict[str, Any]:
@@ -277,3 +318,37 @@ def edited(name: str) -> dict[str, Any]:
 
 def broken(name: str, new: dict[str, Any]) -> list[str]:
     return incompatibilities(schema_of(name), new)
+
+
+# -- the command -------------------------------------------------------------------------------
+
+
+def test_the_command_writes_nothing_over_schemas_that_the_code_breaks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that the committed schemas cannot lose a field by being generated anew."""
+    older = schema_of("event.asset.failed")
+    older["properties"]["verdict"] = {"type": "string"}
+    path = tmp_path / "event.asset.failed.json"
+    path.write_text(json.dumps(older))
+
+    assert commands.schema(output=tmp_path, compare=None) == 1
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "event.asset.failed.json breaks v1: verdict is gone"
+    )
+    assert [*tmp_path.iterdir()] == [path]
+
+    path.unlink()
+    assert commands.schema(output=tmp_path, compare=None) == 0
+    assert commands.schema(output=None, compare=tmp_path) == 0
+
+
+def test_printed_it_is_all_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.schema(output=None, compare=None) == 0
+    rest, printed = capsys.readouterr().out, []
+    while rest:
+        value, end = json.JSONDecoder().raw_decode(rest)
+        printed.append(value)
+        rest = rest[end:].lstrip()
+    assert len(printed) == len(CONTRACT) + len(EXAMPLES) + 1
+    assert any(value.get("asyncapi") == "3.0.0" for value in printed)

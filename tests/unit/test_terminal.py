@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
+from dbtstream.event_base import ErrorBlock
 from dbtstream.events import (
     AnyEvent,
-    ErrorBlock,
     FailedNode,
     LogLine,
     NodeBlock,

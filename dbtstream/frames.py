@@ -135,12 +135,14 @@ class Plan(Frame, frozen=True, kw_only=True, tag="plan"):
 
 
 class GraphNodes(Frame, frozen=True, kw_only=True, tag="graph_nodes"):
-    """A chunk of nodes that are not selected. All chunks come after `Plan` and before `Graph`.
+    """A chunk of nodes that are not selected. All chunks come after `Plan` and before `Graph`;
+    there may be none.
 
     Where the parent knows the manifest already (`Start.known_manifest`) only those that the
-    selected ones descend from, through nodes without a relation; else all that lineage is about:
-    models, seeds, snapshots, sources, exposures, and what lies between (metrics, semantic
-    models, saved queries). Tests, hooks and analyses are not among them.
+    selected ones descend from, through nodes without a relation, and the exposures that read
+    selected ones, with what lies between; else all that lineage is about: models, seeds,
+    snapshots, sources, exposures, and what lies between (metrics, semantic models, saved queries,
+    functions). Tests, hooks and analyses are not among them.
     """
 
     nodes: list[PlannedNode]
@@ -152,10 +154,13 @@ class SelectorProblem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Graph(Frame, frozen=True, kw_only=True, tag="graph"):
-    """The manifest around the selection; nothing has started. Follows `Plan` where there is one.
+    """The manifest around the selection. Follows `Plan`, before anything starts; commands that
+    run no nodes (parse, list, run-operation, nothing selected) tell it at their end, and those
+    that parse nothing (debug, deps, a compilation error) not at all.
 
-    `connection` has of the profile's target what names a dataset, never a secret: type, path,
-    host, port, account, region, project, database, schema, method, catalog …
+    `connection` has of the profile's target what names a dataset, never a secret: type, database,
+    schema, and by adapter type path, attach (alias -> path, null where that is no file), host,
+    port, account, region, project, location, method …
     """
 
     manifest_hash: str
@@ -168,6 +173,7 @@ class Graph(Frame, frozen=True, kw_only=True, tag="graph"):
 class Columns(Frame, frozen=True, kw_only=True, tag="columns"):
     """What the adapter says of a relation that was just built; only where the project asks.
 
+    Once per model, seed or snapshot that succeeded, after its node_finish and before the results.
     `columns` is null when it could not be asked: `problem` says why.
     """
 
@@ -222,9 +228,9 @@ class NodeFinish(Frame, frozen=True, kw_only=True, tag="node_finish"):
     failures: int | None = None
     adapter_response: dict[str, Any] = {}
     relation: Relation | None = None
-    compiled_code: str | None = None  # of models and snapshots, where Start asks for it
+    compiled_code: str | None = None  # of models and snapshots in SQL, where Start asks for it
     compiled_code_hash: str | None = None  # SHA-256 of all of it, of tests, too
-    compiled_code_truncated: bool = False  # it was longer than 1 MiB, and is not sent
+    compiled_code_truncated: bool = False  # it is too long for a frame (1 MiB), and not sent
 
 
 class NodeSkip(Frame, frozen=True, kw_only=True, tag="node_skip"):

@@ -21,6 +21,8 @@ from dbtstream.frames import (
     LENGTH_BYTES,
     AnyFrame,
     Frame,
+    Graph,
+    GraphNodes,
     NodeFinish,
     NodeResult,
     Nodes,
@@ -437,3 +439,157 @@ def child_env(project: Path, extra: Mapping[str, str] | None = None) -> dict[str
         "DBT_PROJECT_DIR": str(project),
         **(extra or {}),
     }
+
+
+def lineage_shop() -> Files:
+    """One of everything that lineage is about, and passages of all kinds between them.
+
+    raw.payments -> payments -> cents -> rounded -> revenue <- countries
+                                                    revenue -> revenue_history, board, `größe`
+    cents and rounded are ephemeral; the exposure `through` reads rounded, `map` countries.
+    """
+    related = {"to": "ref('countries')", "field": '"code;1"', "config": {"severity": "warn"}}
+    columns: list[dict[str, Any]] = [
+        {
+            "name": "id",
+            "data_type": "integer",
+            "description": "Key",
+            "data_tests": ["not_null"],
+            "tags": ["key"],
+        },
+        {"name": "amount", "data_type": "bigint"},
+        {"name": "country", "data_type": "varchar", "data_tests": [{"relationships": related}]},
+    ]
+    models = [
+        {
+            "name": "revenue",
+            "description": "Erlöse " * 650_000,
+            "config": {
+                "group": "finance",
+                "contract": {"enforced": True},
+                "meta": {
+                    "owner": 7,
+                    "owners": [{"email": "ada@example.com"}, None, 3],
+                    "dbtstream": {"labels": {"tier": "gold"}},
+                    "1": {"2": [3]},
+                },
+            },
+            "columns": columns,
+        },
+        {"name": "payments", "config": {"meta": {"owner": "bob@example.com"}}},
+    ]
+    tables = [{"name": "payments", "identifier": "raw.payments", "columns": [{"name": "id"}]}]
+    exposures = [
+        {
+            "name": "board",
+            "type": "dashboard",
+            "maturity": "high",
+            "url": "https://example.com/board",
+            "owner": {"name": "Grace", "email": "grace@example.com"},
+            "depends_on": ["ref('revenue')"],
+        },
+        {
+            "name": "through",
+            "type": "notebook",
+            "owner": {"name": "Grace"},
+            "depends_on": ["ref('rounded')"],
+        },
+        {
+            "name": "map",
+            "type": "application",
+            "owner": {"name": "Grace"},
+            "depends_on": ["ref('countries')"],
+        },
+    ]
+    snapshot = (
+        "{% snapshot revenue_history %}{{ config(target_schema='main', unique_key='id', "
+        "strategy='check', check_cols=['amount']) }} select * from {{ ref('revenue') }}"
+        "{% endsnapshot %}"
+    )
+    groups = [{"name": "finance", "owner": {"name": "Finance", "email": "finance@example.com"}}]
+    unit = {
+        "name": "sums",
+        "model": "größe",
+        "given": [{"input": "ref('revenue')", "rows": [{"id": 1, "amount": 2}]}],
+        "expect": {"rows": [{"id": 1, "amount": 2}]},
+    }
+    return {
+        "seeds/countries.csv": '"code;1";name\nde;Germany\n',
+        "seeds/seeds.yml": properties(seeds=[{"name": "countries", "config": {"delimiter": ";"}}]),
+        "models/payments.sql": "select * from {{ source('raw', 'payments') }}",
+        "models/cents.sql": "{{ config(materialized='ephemeral') }} "
+        "select id, amount * 100 as amount from {{ ref('payments') }}",
+        "models/rounded.sql": "{{ config(materialized='ephemeral') }} "
+        "select * from {{ ref('cents') }}",
+        "models/revenue.sql": "{{ config(materialized='table') }} "
+        'select id, amount::bigint as amount, "code;1" as country '
+        "from {{ ref('rounded') }}, {{ ref('countries') }}",
+        "models/größe.sql": "{{ config(alias='größe.1 x') }} select * from {{ ref('revenue') }}",
+        "models/aside.sql": "select 1 as id",
+        "snapshots/history.sql": snapshot,
+        "tests/positive.sql": "select * from {{ ref('revenue') }} where amount < 0",
+        "models/models.yml": properties(
+            models=models,
+            sources=[{"name": "raw", "schema": "main", "tables": tables}],
+            exposures=exposures,
+            groups=groups,
+            unit_tests=[unit],
+        ),
+    }
+
+
+LINEAGE_HOOK = (
+    'create or replace table main."raw.payments" as select 1::integer as id, 10 as amount'
+)
+"""Makes the source of `lineage_shop`."""
+
+
+def semantic_layer() -> Files:
+    """orders -> semantic model -> metric -> exposure."""
+    semantic = {
+        "name": "orders",
+        "model": "ref('orders')",
+        "defaults": {"agg_time_dimension": "ordered_on"},
+        "entities": [{"name": "order_id", "type": "primary", "expr": "id"}],
+        "dimensions": [
+            {"name": "ordered_on", "type": "time", "type_params": {"time_granularity": "day"}}
+        ],
+        "measures": [{"name": "total", "agg": "sum", "expr": "amount"}],
+    }
+    metric = {
+        "name": "total_amount",
+        "label": "Total",
+        "type": "simple",
+        "type_params": {"measure": "total"},
+    }
+    exposure = {
+        "name": "growth",
+        "type": "dashboard",
+        "owner": {"name": "Grace"},
+        "depends_on": ["metric('total_amount')"],
+    }
+    return {
+        "models/orders.sql": "select 1 as id, 10 as amount, current_date as ordered_on",
+        "models/aside.sql": "select 1 as id",
+        "models/metricflow_time_spine.sql": "{{ config(materialized='table') }} "
+        "select current_date as date_day",
+        "models/semantic.yml": properties(
+            semantic_models=[semantic], metrics=[metric], exposures=[exposure]
+        ),
+    }
+
+
+def python_model() -> Files:
+    """A model in Python on DuckDB, which needs no more than DuckDB itself."""
+    code = "def model(dbt, session):\n    return session.sql('select 1 as id')\n"
+    return {"models/orders.py": code, "models/daily.sql": "select * from {{ ref('orders') }}"}
+
+
+def around(child: Child) -> dict[str, PlannedNode]:
+    """The nodes of the graph that are not selected."""
+    return {node.unique_id: node for chunk in child.of(GraphNodes) for node in chunk.nodes}
+
+
+def graph_of(child: Child) -> Graph:
+    (graph,) = child.of(Graph)
+    return graph

@@ -13,7 +13,13 @@ syntax floor Python 3.8 (dbt 1.8). `__main__` loads this folder as the package
     callback    dbt's events -> frames, on dbt's own threads
     event_names which events are log lines
     readers     values out of dbt's messages
-    plan        what dbt has selected, from the live task
+    plan        what dbt has selected, from the live task; the frames of it and around it
+    nodes       one node of the manifest
+    graph       the nodes around the selection, the hash of all
+    connection  of the profile's target, what names a dataset
+    matches     the project's selectors, resolved by dbt
+    compiled    the SQL that a node ran
+    columns     asks the adapter for the columns of what was built
     results     what invoke returned -> frames
     channel     the queue and the one thread that writes frames
     scrub       secrets out, lengths bounded, only what JSON can carry

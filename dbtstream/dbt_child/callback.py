@@ -20,13 +20,24 @@ from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 from .channel import LATER
+from .columns import BUILDING, CONNECTION, ColumnAsker
+from .compiled import compiled_code
 from .event_names import LEVELS, NO_LEVEL, OUTPUT, QUIET, TOLD
-from .plan import plan_frames, task_in_flight
-from .readers import batch_in_flight, error_code, moment, relation_dict, struct_dict
+from .plan import (
+    TaskInFlight,
+    Telling,
+    Wanted,
+    completed_command,
+    task_in_flight,
+    unavailable_plan,
+)
+from .readers import batch_in_flight, error_code, finish_fields
 from .stop import Stop
 
 Emit = Callable[[Dict[str, Any]], None]
 Handler = Callable[[Any], None]
+
+FLUSH_S = 10.0  # for a parent that reads slowly, before the results
 
 
 class EventCallback:
@@ -40,15 +51,21 @@ class EventCallback:
         log_level: str = "warn",
         queries: bool = False,
         query_sql: bool = False,
+        wanted: Optional[Wanted] = None,
     ) -> None:
         self._emit = emit
         self._stop = stop
+        self._wanted = wanted or Wanted()
         self._threshold = LEVELS.get(log_level, LEVELS["warn"])
         self._handlers: Dict[type, Optional[Handler]] = {}
         self._named = self._table(queries, query_sql)
         self._planned = False
+        self._task: Optional[TaskInFlight] = None
+        self._asker: Optional[ColumnAsker] = None
+        self._muted: Set[int] = set()  # threads of ours in which dbt does something for us
         self._hook: Optional[str] = None  # hooks run one after the other
-        self._working: Set[str] = set()  # the writer thread's
+        self._working: Set[str] = set()  # the writer thread's, as is the next
+        self._begun: Dict[str, int] = {}  # by unique_id: a model, and batches within it
         self._sql: Dict[int, str] = {}
         self._events = itertools.count()  # next() is atomic; `+= 1` is not
         self._errors = itertools.count()
@@ -64,12 +81,20 @@ class EventCallback:
                 handler = self._handlers[kind]
             except KeyError:
                 handler = self._handlers[kind] = self._choose(kind.__name__)
-            if handler is not None:
+            if handler is not None and not (self._muted and threading.get_ident() in self._muted):
                 handler(event)
         except Exception:
             self._failed()
         if self._stop is not None and self._stop.requested:
             self._stop.check()
+
+    def close(self) -> None:
+        """dbt has returned: what the adapter has not answered is told as that."""
+        if self._asker is not None:
+            told = threading.Event()
+            self._emit({"t": "columns", LATER: told.set})  # which tells nothing
+            told.wait(FLUSH_S)
+            self._asker.close()
 
     def counts(self) -> Tuple[int, int]:
         """Events received and handlers that raised; to be asked once, at the end."""
@@ -119,6 +144,11 @@ class EventCallback:
             "ArtifactWrittenMsg": self._artifact,
             "LogCancelLineMsg": self._query_cancelled,
         }
+        if self._wanted.graph:
+            table["CommandCompletedMsg"] = self._command_completed
+        if self._wanted.adapter_columns:
+            table["ConnectionLeftOpenInCleanupMsg"] = self._cleaning_up
+            table["ConnectionClosedInCleanupMsg"] = self._cleaning_up
         if queries:
             table["SQLQueryStatusMsg"] = self._query
             if query_sql:
@@ -136,13 +166,36 @@ class EventCallback:
         if self._planned:
             return
         self._planned = True
-        task = None
         try:
-            task = task_in_flight()
-            self.target_path = task.config.project_target_path
+            self._task = task_in_flight()
+            self.target_path = self._task.config.project_target_path
         finally:
-            for frame in plan_frames(task, event.data):
+            self._tell_plan(event.data)
+
+    def _tell_plan(self, data: Any) -> None:
+        task, wanted = self._task, self._wanted
+        if task is None:
+            self._emit(unavailable_plan(data))
+            return
+        telling = Telling(task, wanted, self._muted, self._failed)
+        for frame in (*telling.plan_frames(data), *telling.graph_frames()):
+            self._emit(frame)
+        if wanted.adapter_columns and task.command in BUILDING:
+            self._asker = ColumnAsker(task, self._emit, self._muted, self._cancelled)
+
+    def _command_completed(self, event: Any) -> None:
+        """A command that ran no nodes may have parsed a manifest all the same."""
+        task = completed_command() if self._task is None else None
+        if task is not None:
+            for frame in Telling(task, self._wanted, self._muted, self._failed).graph_frames():
                 self._emit(frame)
+
+    def _cleaning_up(self, event: Any) -> None:
+        if self._asker is not None:
+            self._asker.end()
+
+    def _cancelled(self) -> bool:
+        return self._stop is not None and self._stop.requested
 
     def _main_error(self, event: Any) -> None:
         """The run-level exception is in `result`; a fail-fast one is not, dbt swallows it."""
@@ -155,7 +208,9 @@ class EventCallback:
         self.artifacts.append((data.artifact_type, data.artifact_path, time.time()))
 
     def _query_cancelled(self, event: Any) -> None:
-        self._emit({"t": "query_cancelled", "at": time.time(), "connection": event.data.conn_name})
+        name = event.data.conn_name
+        if name != CONNECTION:  # ours
+            self._emit({"t": "query_cancelled", "at": time.time(), "connection": name})
 
     # Nodes.
 
@@ -165,7 +220,7 @@ class EventCallback:
                 "t": "node_start",
                 "at": time.time(),
                 "thread": threading.current_thread().name,
-                LATER: partial(self._read, _start_fields, event),
+                LATER: partial(self._read, self._begin, event),
             }
         )
 
@@ -193,10 +248,48 @@ class EventCallback:
         self._working.add(unique_id)
         return {"unique_id": unique_id, "index": None, "total": None}
 
+    def _begin(self, event: Any) -> Dict[str, Any]:
+        info = event.data.node_info
+        unique_id = info.unique_id
+        self._begun[unique_id] = self._begun.get(unique_id, 0) + 1
+        return {"unique_id": unique_id, "started_at": info.node_started_at or None}
+
     def _node_finish(self, event: Any) -> None:
+        asker = self._asker
+        if asker is not None:
+            asker.expect()
         self._emit(
-            {"t": "node_finish", "at": time.time(), LATER: partial(self._read, _end_fields, event)}
+            {"t": "node_finish", "at": time.time(), LATER: partial(self._read, self._end, event)}
         )
+        if asker is not None:
+            asker.finished(event.data.node_info.unique_id)
+
+    def _end(self, event: Any) -> Dict[str, Any]:
+        """Fields of the frame; what is worth knowing of a whole node goes on from here."""
+        whole = False
+        fields: Dict[str, Any] = {}
+        try:
+            fields = finish_fields(event)
+            unique_id = fields["unique_id"]
+            begun = self._begun[unique_id] = self._begun.get(unique_id, 1) - 1
+            whole = begun <= 0
+            if whole and self._wanted.compiled_code and self._task is not None:
+                fields.update(self._code(unique_id))
+            return fields
+        finally:
+            if self._asker is not None:
+                if whole:
+                    kind = event.data.node_info.resource_type
+                    self._asker.ask(fields["unique_id"], fields["status"], kind)
+                else:
+                    self._asker.pass_over()
+
+    def _code(self, unique_id: str) -> Dict[str, Any]:
+        try:
+            return compiled_code(self._task.manifest, self._task.config, unique_id)  # type: ignore[union-attr]
+        except Exception:  # the finish is worth more than its code
+            self._failed()
+            return {}
 
     def _skip(self, event: Any) -> None:
         self._emit(
@@ -327,40 +420,6 @@ class EventCallback:
                 "sql": self._sql.pop(threading.get_ident(), None),
             }
         )
-
-
-def _start_fields(event: Any) -> Dict[str, Any]:
-    info = event.data.node_info
-    return {"unique_id": info.unique_id, "started_at": info.node_started_at or None}
-
-
-def _end_fields(event: Any) -> Dict[str, Any]:
-    """Some 40 attributes: 50 us on a thread of dbt's, so the writer reads them.
-
-    dbt makes a message for each event and does not touch it afterwards.
-    """
-    info, result = event.data.node_info, event.data.run_result
-    status = result.status
-    counts = info.resource_type in ("test", "unit_test") and status in ("pass", "fail", "warn")
-    return {
-        "unique_id": info.unique_id,
-        "status": status,
-        "thread": result.thread or None,
-        "started_at": info.node_started_at or None,
-        "finished_at": info.node_finished_at or None,
-        "timing": [
-            {
-                "name": step.name,
-                "started_at": moment(step, "started_at"),
-                "completed_at": moment(step, "completed_at"),
-            }
-            for step in result.timing_info
-        ],
-        "message": result.message or None,
-        "failures": result.num_failures if counts else None,
-        "adapter_response": struct_dict(result.adapter_response),
-        "relation": relation_dict(info.node_relation),
-    }
 
 
 class MeasuredCallback:

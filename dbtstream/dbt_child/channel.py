@@ -18,7 +18,7 @@ import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
-from .scrub import Scrubber
+from .scrub import TRUNCATED, Scrubber
 
 LIMIT = 10_000
 DROPPABLE = frozenset({"log", "query"})
@@ -26,7 +26,11 @@ CHUNK_ITEMS = 200
 CHUNK_BYTES = 1024 * 1024
 BATCH_BYTES = 256 * 1024
 MAX_FRAME_BYTES = 4 * 1024 * 1024
-LISTS = {"nodes": "nodes", "results": "results"}  # frames that may be sent in several
+LISTS = {"nodes": "nodes", "graph_nodes": "nodes", "results": "results"}
+"""Frames that may be sent in several."""
+
+HEAVY = ("compiled_code", "columns", "test_details", "header", "description", "meta")
+"""Left out, in this order, of what is too long for a frame, until it fits."""
 
 LATER = "later"
 """A frame's key for a function that gives the rest of it, called by the writer thread; None
@@ -122,7 +126,8 @@ class Channel:
                 frame["stats"]["scrubbed"] = self.scrubber.scrubbed
             field = LISTS.get(frame["t"])
             if field is None:
-                yield self._pack(_json(self.scrubber.frame(frame)), frame["t"])
+                clean = self.scrubber.frame(frame)
+                yield self._pack(_lightened(clean, MAX_FRAME_BYTES), frame["t"])
             else:
                 yield from self._chunks(frame, field)
         except Exception as error:  # a frame that cannot be told must not cost the others
@@ -134,7 +139,7 @@ class Channel:
         items: List[bytes] = []
         size = 0
         for item in frame[field]:
-            body = _json(self.scrubber.value(item))
+            body = _lightened(self.scrubber.value(item), MAX_FRAME_BYTES // 2)
             if items and (len(items) == CHUNK_ITEMS or size + len(body) > CHUNK_BYTES):
                 yield self._pack(_with_list(head, field, items), frame["t"])
                 items, size = [], 0
@@ -164,6 +169,19 @@ class Channel:
 
 def _dropped(family: str, count: int, why: Optional[str] = None) -> Frame:
     return {"t": "dropped", "at": time.time(), "family": family, "count": count, "why": why}
+
+
+def _lightened(value: Frame, limit: int) -> bytes:
+    """As JSON; where that is too long without what is heavy, and says so where it can."""
+    body = _json(value)
+    for name in HEAVY if len(body) > limit else ():
+        if value.pop(name, None):
+            if name in TRUNCATED:
+                value[TRUNCATED[name]] = True
+            body = _json(value)
+            if len(body) <= limit:
+                break
+    return body
 
 
 def _json(value: Any) -> bytes:

@@ -22,6 +22,7 @@ from . import engine
 from .callback import EventCallback, MeasuredCallback
 from .channel import Channel
 from .control import Control, die_with_parent, take_stdin
+from .plan import Wanted
 from .results import artifact_frames, error_info, result_frame, results_frames, stats
 from .retry import prepare
 from .scrub import Scrubber, secret_values
@@ -107,6 +108,13 @@ class Child:
             log_level=start.get("log_level", "warn"),
             queries=start.get("queries", False),
             query_sql=start.get("query_sql", False),
+            wanted=Wanted(
+                graph=start.get("graph", False),
+                known_manifest=start.get("known_manifest"),
+                selectors=start.get("selectors") or {},
+                compiled_code=start.get("compiled_code", False),
+                adapter_columns=start.get("adapter_columns", False),
+            ),
         )
         if start.get("measure"):
             self._measured = MeasuredCallback(self._callback)
@@ -115,6 +123,7 @@ class Child:
     def _conclude(self, outcome: Any, version: str) -> Dict[str, Any]:
         callback = self._callback
         assert callback is not None  # noqa: S101 - made before invoke
+        callback.close()
         count, frames = results_frames(outcome.result)
         for frame in frames:
             self._channel.emit(frame)

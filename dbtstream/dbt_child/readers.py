@@ -9,6 +9,35 @@ import sys
 from typing import Any, Dict, Optional, Tuple
 
 
+def finish_fields(event: Any) -> Dict[str, Any]:
+    """Of NodeFinished. Some 40 attributes: 50 us on a thread of dbt's, so the writer reads them.
+
+    dbt makes a message for each event and does not touch it afterwards.
+    """
+    info, result = event.data.node_info, event.data.run_result
+    status = result.status
+    counts = info.resource_type in ("test", "unit_test") and status in ("pass", "fail", "warn")
+    return {
+        "unique_id": info.unique_id,
+        "status": status,
+        "thread": result.thread or None,
+        "started_at": info.node_started_at or None,
+        "finished_at": info.node_finished_at or None,
+        "timing": [
+            {
+                "name": step.name,
+                "started_at": moment(step, "started_at"),
+                "completed_at": moment(step, "completed_at"),
+            }
+            for step in result.timing_info
+        ],
+        "message": result.message or None,
+        "failures": result.num_failures if counts else None,
+        "adapter_response": struct_dict(result.adapter_response),
+        "relation": relation_dict(info.node_relation),
+    }
+
+
 def error_code(error: Optional[BaseException]) -> Optional[str]:
     """dbt's numeric code; its base exceptions have a negative one that says nothing."""
     code = getattr(error, "CODE", None)

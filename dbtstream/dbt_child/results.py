@@ -14,7 +14,7 @@ import time
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 from .callback import EventCallback
-from .plan import word
+from .nodes import word
 from .readers import error_code
 
 KINDS = {

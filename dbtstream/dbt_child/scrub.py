@@ -20,8 +20,17 @@ MAX_TEXT_BYTES = 8 * 1024
 MAX_RAW_CHARS = 64 * 1024  # more than this of a text is never looked at
 MAX_FREE_BYTES = 64 * 1024
 MAX_DEPTH = 20
-TEXT_KEYS = frozenset({"message", "sql"})  # have `truncated` beside them
-FREE_KEYS = frozenset({"meta", "adapter_response"})  # of any shape and size
+MAX_CODE_BYTES = 1024 * 1024
+TRUNCATED = {
+    "message": "truncated",
+    "sql": "truncated",
+    "description": "description_truncated",
+    "compiled_code": "compiled_code_truncated",
+}
+"""Texts that have a field beside them that says whether they were cut."""
+
+CODE_KEYS = frozenset({"compiled_code"})  # of use whole or not at all
+FREE_KEYS = frozenset({"meta", "adapter_response", "params", "connection"})  # any shape and size
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -77,11 +86,12 @@ class Scrubber:
         self._longest = max((len(forms[0]) for _, forms in self._secrets), default=0)
         self.scrubbed = 0
 
-    def text(self, text: str) -> Tuple[str, bool]:
+    def text(self, text: str, limit: int = MAX_TEXT_BYTES) -> Tuple[str, bool]:
         """The text as it may leave, and whether it was cut. The beginning is kept."""
-        cut = len(text) > MAX_RAW_CHARS
+        raw_limit = max(MAX_RAW_CHARS, limit)
+        cut = len(text) > raw_limit
         if cut:
-            text = text[:MAX_RAW_CHARS]
+            text = text[:raw_limit]
         if "\x1b" in text:
             text = _ANSI.sub("", text)
         found = False
@@ -95,10 +105,10 @@ class Scrubber:
         if cut:
             # The first cut may have left the beginning of a secret that is no longer whole.
             text = text[: max(0, len(text) - self._longest)]
-        if len(text) * 4 > MAX_TEXT_BYTES:
+        if len(text) * 4 > limit:
             raw = text.encode("utf-8", "replace")
-            if len(raw) > MAX_TEXT_BYTES:
-                return raw[:MAX_TEXT_BYTES].decode("utf-8", "ignore"), True
+            if len(raw) > limit:
+                return raw[:limit].decode("utf-8", "ignore"), True
         return text, cut
 
     def frame(self, frame: Mapping[str, Any]) -> Dict[str, Any]:
@@ -111,10 +121,13 @@ class Scrubber:
         for name, value in fields.items():
             if name == "t":
                 continue
-            if name in TEXT_KEYS and isinstance(value, str):
-                clean[name], cut = self.text(value)
+            if name in TRUNCATED and isinstance(value, str):
+                code = name in CODE_KEYS
+                clean[name], cut = self.text(value, MAX_CODE_BYTES if code else MAX_TEXT_BYTES)
                 if cut:
-                    clean["truncated"] = True
+                    clean[TRUNCATED[name]] = True
+                    if code:
+                        del clean[name]
             elif name in FREE_KEYS:
                 clean[name] = self._free(value, depth + 1)
             else:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dbtstream.dbt_child import channel as channels
-from dbtstream.dbt_child import control, engine, plan, results, retry
+from dbtstream.dbt_child import control, engine, results, retry
 from dbtstream.dbt_child.callback import EventCallback
 from dbtstream.dbt_child.channel import Channel
 from dbtstream.dbt_child.event_names import OUTPUT, QUIET, TOLD
@@ -277,6 +277,38 @@ def test_a_frame_that_is_too_long_is_told_as_dropped_not_sent() -> None:
     assert (frame.family, frame.count) == ("nodes", 1)
 
 
+def test_what_is_too_long_loses_what_is_heavy_and_arrives() -> None:
+    """A finish its code, a node its columns: the plan and the run go on without."""
+    pipe = Pipe()
+    column = {"name": "c", "description": "\x01" * 5000}
+    node = {"unique_id": "model.shop.a", "resource_type": "model", "name": "a"}
+    pipe.channel.emit(
+        {"t": "nodes", "at": 1.0, "nodes": [{**node, "columns": [column] * 500}, node]}
+    )
+    finish = {"t": "node_finish", "at": 1.0, "unique_id": "model.shop.a", "status": "success"}
+    pipe.channel.emit({**finish, "compiled_code": "\x01" * 1_000_000})
+    pipe.channel.emit({**finish, "compiled_code": "select 1"})
+    first, second, third = pipe.frames()
+    assert isinstance(first, Nodes)
+    assert [each.columns for each in first.nodes] == [[], []]
+    assert isinstance(second, NodeFinish)
+    assert (second.compiled_code, second.compiled_code_truncated) == (None, True)
+    assert isinstance(third, NodeFinish)
+    assert (third.compiled_code, third.compiled_code_truncated) == ("select 1", False)
+
+
+def test_a_description_is_cut_and_says_so_under_its_own_name() -> None:
+    node = {
+        "unique_id": "a",
+        "description": "é" * MAX_TEXT_BYTES,
+        "test_details": {"params": {1: 2}},
+    }
+    clean = Scrubber().value(node)
+    assert clean["description"] == "é" * (MAX_TEXT_BYTES // 2)
+    assert clean["description_truncated"] is True
+    assert clean["test_details"] == {"params": {"1": 2}}
+
+
 def test_a_frame_that_cannot_be_encoded_does_not_cost_the_others() -> None:
     class Awkward:
         def __str__(self) -> str:
@@ -428,44 +460,6 @@ def test_a_plan_without_a_task_says_why() -> None:
     (frame,) = told(line)
     assert (frame["t"], frame["node_count"], frame["threads"]) == ("plan", 7, 4)
     assert frame["status"].startswith("unavailable: ")
-
-
-# The plan.
-
-
-def test_the_manifest_hash_depends_on_nodes_code_and_parents_not_on_their_order() -> None:
-    def manifest(**nodes: tuple[str, list[str]]) -> Any:
-        return SimpleNamespace(
-            nodes={
-                name: SimpleNamespace(checksum=code, depends_on=SimpleNamespace(nodes=parents))
-                for name, (code, parents) in nodes.items()
-            }
-        )
-
-    base = plan.manifest_hash(manifest(a=("1", []), b=("2", ["a", "c"])))
-    assert base == plan.manifest_hash(manifest(b=("2", ["c", "a"]), a=("1", [])))
-    assert base != plan.manifest_hash(manifest(a=("1", []), b=("3", ["a", "c"])))
-    assert base != plan.manifest_hash(manifest(a=("1", []), b=("2", ["a"])))
-    assert base != plan.manifest_hash(manifest(a=("1", [])))
-
-
-def test_owners_are_gathered_from_meta_exposure_and_group_each_once() -> None:
-    group = SimpleNamespace(
-        name="finance", owner=SimpleNamespace(email=["fin@x.org", "cfo@x.org"], name="Finance")
-    )
-    manifest = SimpleNamespace(groups={"group.shop.finance": group})
-    owned = SimpleNamespace(
-        meta={"owner": "ada@x.org"}, owner=SimpleNamespace(email="grace@x.org", name=None)
-    )
-    config = SimpleNamespace(meta={"owner": "ada@x.org", "owners": [{"email": "bob@x.org"}, 7]})
-    assert plan.owners(manifest, owned, config, "finance") == [
-        "ada@x.org",
-        "bob@x.org",
-        "grace@x.org",
-        "fin@x.org",
-        "cfo@x.org",
-        "Finance",
-    ]
 
 
 # The engine.

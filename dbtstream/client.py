@@ -52,6 +52,7 @@ from dbtstream.store import Store
 from dbtstream.subjects import CONTROL, is_run_id
 
 if TYPE_CHECKING:
+    from dbtstream.lineage_graph import Graph
     from dbtstream.verify_run import Verification
 
 __all__ = ["Client", "EventStream", "EventsGone", "NoDaemon"]
@@ -341,6 +342,18 @@ class Client:
         return EventStream(
             self._link, selection, start, run_id=run_id, follow=follow, prefetch=prefetch
         )
+
+    async def lineage(self, project: str, target: str | None = None) -> "Graph":
+        """The current graph of a project and target, also while nothing runs; no daemon need be
+        there. Without `target`, of the only one that has any.
+
+        Raises lineage_bucket.NoLineage, lineage_bucket.WhichTarget, NatsError.
+        """
+        from dbtstream.lineage_bucket import LineageBucket
+        from dbtstream.lineage_graph import build_graph
+
+        stored = await LineageBucket(self._link, retry_for_s=ANSWER_TIMEOUT_S).read(project, target)
+        return build_graph(project, *stored)
 
     # -- for those who look after it -----------------------------------------------------
 

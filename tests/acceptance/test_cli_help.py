@@ -38,7 +38,7 @@ def examples_in(text: str) -> list[list[str]]:
 
 
 def test_every_command_of_the_contract_is_there() -> None:
-    named = "serve run tail ps show verify cancel dead setup check schema demo"
+    named = "serve run tail ps show verify cancel dead lineage setup check schema demo"
     assert sorted(cli.commands) == sorted(named.split())
     assert sorted(dead.commands) == ["drop", "ls", "replay", "show"]
 
@@ -174,6 +174,10 @@ async def test_no_daemon_is_one_line_that_says_how_to_start_one(nats_server: Nat
         (["dead", "drop", "3", "--code", "expired"], "go with --all"),
         (["dead", "drop", "--all"], "add --yes"),
         (["dead", "lost"], "No such command"),
+        (["lineage"], "Missing argument"),
+        (["lineage", "shop", "--up"], "--up and --down go with --node"),
+        (["lineage", "shop", "--node", "orders", "--up", "many"], "is not a valid integer"),
+        (["lineage", "shop", "--format", "png"], "is not one of"),
         (["frobnicate"], "No such command"),
     ],
 )

@@ -26,6 +26,7 @@ from dbtstream.nats_link import NatsLink
 from dbtstream.outbox import Outbox
 from dbtstream.predecessor import settle_predecessor
 from dbtstream.publishers.jetstream import JetStreamPublisher
+from dbtstream.publishers.openlineage import OpenLineageOut, OpenLineageSender
 from dbtstream.run_lease import Leases
 from dbtstream.store import NodeStates, Store
 from dbtstream.streams import check_streams, ensure_streams
@@ -46,6 +47,7 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.worker: Worker | None = None
+        self.openlineage: list[OpenLineageSender] = []
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stop_asked = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -130,7 +132,10 @@ class Daemon:
             cut_off=limits.cut_off,
         )
         worker = self.worker = Worker(self.config, queue, services, leases)
+        openlineage = await asyncio.to_thread(OpenLineageOut, self.config, events)
+        self.openlineage = openlineage.senders
         async with asyncio.TaskGroup() as parts:
+            sending = parts.create_task(openlineage.run(), name="openlineage")
             leftovers = parts.create_task(
                 self._settle_leftovers(queue, events, leases), name="leftovers"
             )
@@ -144,8 +149,9 @@ class Daemon:
                 await self._until_stop(working)
                 await self._drain(worker, working)
             node_states.close()
+            sending.cancel()  # what has not gone out is in the stream
             patience_s = 0.0 if self._leave.is_set() else CLOSE_S
-            await asyncio.wait({states, leftovers}, timeout=patience_s)
+            await asyncio.wait({states, leftovers, sending}, timeout=patience_s)
             states.cancel()
             leftovers.cancel()
 

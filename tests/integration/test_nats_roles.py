@@ -16,7 +16,7 @@ import ssl
 import subprocess
 import sys
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -40,6 +40,8 @@ from dbtstream.kv_bucket import Bucket
 from dbtstream.messages import RunView
 from dbtstream.nats_auth import connect_options
 from dbtstream.nats_link import NatsLink
+from dbtstream.publishers.openlineage import OpenLineageSender
+from dbtstream.publishers.openlineage_sinks import NatsSink
 from dbtstream.publishers.stored import find_stored
 from dbtstream.run_lease import Held, Leases, Vacancy
 from dbtstream.scrub import Scrubber
@@ -63,6 +65,7 @@ from dbtstream.subjects import (
 )
 from tests.daemons import Served, daemon_config, serving
 from tests.guarantees import check_run
+from tests.openlineage_events import RunStory
 from tests.scripted_child import GOOD_RUN
 from tests.stories import Story
 
@@ -139,7 +142,7 @@ PUBLISH: dict[str, set[str]] = {
     "$JS.API.CONSUMER.CREATE.DBT_EVENTS.x.dbt.events.*.prod.>": READERS_OF_ALL | {WORKER},
     "$JS.API.CONSUMER.CREATE.DBT_EVENTS.x.dbt.events.>": READERS_OF_ALL | {WORKER},
     "$JS.API.CONSUMER.CREATE.DBT_EVENTS.x.>": READERS_OF_ALL,
-    "$JS.API.CONSUMER.CREATE.DBT_EVENTS.x": READERS_OF_ALL,
+    "$JS.API.CONSUMER.CREATE.DBT_EVENTS.x": READERS_OF_ALL | {WORKER},
     "$JS.API.CONSUMER.CREATE.DBT_EVENTS": {ADMIN},
     "$JS.API.CONSUMER.DURABLE.CREATE.DBT_EVENTS.x": {ADMIN},
     "dbt.jetstream.CREATE.DBT_RUNS.x.dbt.runs.shop.prod": {ADMIN},
@@ -150,11 +153,12 @@ PUBLISH: dict[str, set[str]] = {
     # Consumers have random names: who does not learn one cannot pull from it.
     "$JS.API.CONSUMER.NAMES.DBT_EVENTS": {ADMIN},
     "$JS.API.CONSUMER.LIST.DBT_EVENTS": {ADMIN},
-    "$JS.API.CONSUMER.INFO.DBT_EVENTS.x": {ADMIN},
+    "$JS.API.CONSUMER.INFO.DBT_EVENTS.x": {ADMIN, WORKER},
     "$JS.API.STREAM.MSG.GET.DBT_EVENTS": {ADMIN, WORKER},
     "$JS.API.DIRECT.GET.DBT_EVENTS": {ADMIN},
     "$JS.API.DIRECT.GET.DBT_EVENTS.dbt.events.shop.prod.run.build._.success": {ADMIN},
-    "$JS.ACK.DBT_EVENTS.x.1.1.1.1.0": {ADMIN},
+    "$JS.ACK.DBT_EVENTS.x.1.1.1.1.0": {ADMIN, WORKER},
+    "openlineage.events": {ADMIN, WORKER},
     # dead letters, state, leases
     "$JS.API.CONSUMER.CREATE.DBT_DEAD.x.dbt.dead.>": {ADMIN},
     "$JS.API.STREAM.MSG.GET.DBT_DEAD": {ADMIN},
@@ -750,6 +754,25 @@ async def test_a_worker_takes_keeps_and_gives_up_leases(broker: Broker) -> None:
                 worker="w1", run_id="r1", token=lease.token
             )
         assert await leases.vacancy("shop", "prod") is Vacancy.GIVEN_UP
+
+
+async def test_a_worker_sends_events_on_as_openlineage(
+    broker: Broker, until: Callable[[Callable[[], object]], Awaitable[None]]
+) -> None:
+    """To a stream that an admin has made."""
+    async with broker.link(ADMIN) as admin:
+        await admin.js.add_stream(name="OPENLINEAGE", subjects=["openlineage.events"])
+    async with broker.link(WORKER) as worker, asyncio.timeout(30):
+        sender = OpenLineageSender(
+            worker, NatsSink(worker, "openlineage.events"), namespace="dbt", worker="w1"
+        )
+        sending = asyncio.create_task(sender.run())
+        await until(lambda: sender.feed.ready)
+        for event in RunStory().begin().build("model.shop.orders").end().events:
+            await worker.publish(event_subject(event), encode_event(event), event_headers(event))
+        await until(lambda: sender.stats.sent == 4)
+        sending.cancel()
+        await asyncio.wait({sending})
 
 
 @pytest.mark.parametrize("role", [SUBMITTER, VIEWER, SHOP_SUBMITTER, SHOP_VIEWER])

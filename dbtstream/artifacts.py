@@ -51,6 +51,34 @@ _PATH_ARGS = (
 )
 
 
+class _CatalogColumn(msgspec.Struct, frozen=True):
+    name: str
+    type: str | None = None
+    index: int = 0
+
+
+class _CatalogTable(msgspec.Struct, frozen=True):
+    columns: dict[str, _CatalogColumn] = {}
+
+
+class _Catalog(msgspec.Struct, frozen=True):
+    nodes: dict[str, _CatalogTable] = {}
+    sources: dict[str, _CatalogTable] = {}
+
+
+def read_catalog(path: str | Path) -> dict[str, list[tuple[str, str | None]]]:
+    """unique_id -> (name, type) of each column, as the database has them and in its order.
+
+    Blocking. Raises OSError, msgspec.DecodeError.
+    """
+    catalog = msgspec.json.decode(Path(path).read_bytes(), type=_Catalog)
+    return {
+        unique_id: [(c.name, c.type) for c in sorted(table.columns.values(), key=lambda c: c.index)]
+        for unique_id, table in (catalog.nodes | catalog.sources).items()
+        if table.columns
+    }
+
+
 def latest_kinds(command: str) -> tuple[str, ...]:
     """Which artifacts of a good run of `command` are its target's state from then on."""
     return _LATEST.get(command, ())

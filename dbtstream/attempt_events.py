@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class AttemptEvents:
-    """`emit` while it runs, `end` once."""
+    """`emit` while it runs, then `close_nodes` and `finish`, once each."""
 
     def __init__(
         self,
@@ -41,12 +41,22 @@ class AttemptEvents:
             self._put(event, family=event.family)
         self._tell_drops()
 
-    def end(self, ending: Ending, *, final: bool) -> None:
-        """The last events; with `final` the run's own is among them, and is the `verdict`."""
+    def close_nodes(self, ending: Ending) -> list[AnyEvent]:
+        """The ends of what dbt left open."""
+        self._tell_drops()
+        events = self._normalizer.close_nodes(ending, at=_now())
+        self._put_last(events)
+        return events
+
+    def finish(self, ending: Ending, *, final: bool) -> None:
+        """After `close_nodes`; with `final` the run's own end is told, and is the `verdict`."""
         self._tell_drops()
         self.ended = True
-        for event in self._normalizer.end(ending, at=_now(), final=final):
-            # Whatever their family, closing events are kept: no gap can follow them.
+        self._put_last(self._normalizer.finish(ending, at=_now(), final=final))
+
+    def _put_last(self, events: Iterable[AnyEvent]) -> None:
+        """Whatever their family, closing events are kept: no gap may follow them."""
+        for event in events:
             self._put(event, family="run")
 
     def not_stored(self, record: Record, problem: str) -> None:

@@ -21,6 +21,7 @@ from dbtstream.config import Config, WorkerConfig
 from dbtstream.control import OWNER_ANSWERS_S, Control
 from dbtstream.errors import ConfigError, NatsRefused, Superseded
 from dbtstream.execution import Services
+from dbtstream.lineage_store import LineageStore
 from dbtstream.nats_connection import CLOSE_LIMIT_S
 from dbtstream.nats_link import NatsLink
 from dbtstream.outbox import Outbox
@@ -28,6 +29,7 @@ from dbtstream.predecessor import settle_predecessor
 from dbtstream.publishers.jetstream import JetStreamPublisher
 from dbtstream.publishers.openlineage import OpenLineageOut, OpenLineageSender
 from dbtstream.run_lease import Leases
+from dbtstream.sql_process import SqlReader
 from dbtstream.store import NodeStates, Store
 from dbtstream.streams import check_streams, ensure_streams
 from dbtstream.worker import Worker
@@ -122,7 +124,7 @@ class Daemon:
     async def _work(self, queue: NatsLink, events: NatsLink) -> None:
         store = Store(queue)
         node_states = NodeStates(store)
-        services = Services(self.config, events, store, node_states, ArtifactStore(events))
+        lineage = LineageStore(events)
         limits = self.config.worker
         leases = Leases(
             queue,
@@ -131,17 +133,23 @@ class Daemon:
             renew_s=limits.heartbeat_s,
             cut_off=limits.cut_off,
         )
-        worker = self.worker = Worker(self.config, queue, services, leases)
         openlineage = await asyncio.to_thread(OpenLineageOut, self.config, events)
         self.openlineage = openlineage.senders
-        async with asyncio.TaskGroup() as parts:
+        async with SqlReader() as sql_reader, asyncio.TaskGroup() as parts:
+            services = Services(
+                self.config, events, store, node_states, ArtifactStore(events), lineage, sql_reader
+            )
+            worker = self.worker = Worker(self.config, queue, services, leases)
             sending = parts.create_task(openlineage.run(), name="openlineage")
             leftovers = parts.create_task(
                 self._settle_leftovers(queue, events, leases), name="leftovers"
             )
             # A redelivered run is judged by its stored events: those must be out before.
             await asyncio.wait({leftovers}, timeout=LEFTOVERS_S)
-            states = parts.create_task(node_states.run(), name="node states")
+            states = [
+                parts.create_task(node_states.run(), name="node states"),
+                parts.create_task(lineage.behind.run(), name="lineage"),
+            ]
             async with Control(self.config, queue, services, worker):
                 working = parts.create_task(worker.run(), name="worker")
                 self._ready.set_result(None)
@@ -149,11 +157,12 @@ class Daemon:
                 await self._until_stop(working)
                 await self._drain(worker, working)
             node_states.close()
+            lineage.behind.close()
             sending.cancel()  # what has not gone out is in the stream
-            patience_s = 0.0 if self._leave.is_set() else CLOSE_S
-            await asyncio.wait({states, leftovers, sending}, timeout=patience_s)
-            states.cancel()
-            leftovers.cancel()
+            last = {*states, leftovers, sending}
+            await asyncio.wait(last, timeout=0.0 if self._leave.is_set() else CLOSE_S)
+            for task in last:
+                task.cancel()
 
     async def _prepare_streams(self, link: NatsLink) -> None:
         if self.config.streams.manage:

@@ -231,6 +231,7 @@ def node_block(node: PlannedNode) -> NodeBlock:
         owners=node.owners,
         meta=node.meta,
         checksum=node.checksum,
+        matches=node.matches,
         upstream=node.upstream,
     )
 

@@ -1,7 +1,8 @@
 """One attempt at one run, from an accepted request to the verdict. Read this first.
 
     workspace → dbt_process → frames → normalizer → outbox → JetStream
-                                             ↘ run state and node states in KV
+                                  ↘      ↗     ↘ run state and node states in KV
+                                  asset_events → lineage in KV
 
 `worker` decides that a run begins and holds its lease; this module carries it through. dbt is
 never made to wait for NATS: events go to the outbox, states are written behind. What ends the
@@ -26,6 +27,7 @@ from typing import Any
 import msgspec
 
 from dbtstream.artifact_store import ArtifactStore
+from dbtstream.asset_events import AssetEvents
 from dbtstream.attempt_events import AttemptEvents
 from dbtstream.config import Config
 from dbtstream.dbt_process import EXIT_S, DbtProcess, Exit
@@ -43,6 +45,7 @@ from dbtstream.job import (
     keep_artifacts,
     object_names,
 )
+from dbtstream.lineage_store import LineageStore
 from dbtstream.messages import OnLost, RunView
 from dbtstream.nats_link import NatsLink
 from dbtstream.normalizer import Normalizer
@@ -54,6 +57,7 @@ from dbtstream.resume import FIRST
 from dbtstream.run_lease import RunLease
 from dbtstream.run_state import RunState
 from dbtstream.scrub import Scrubber
+from dbtstream.sql_process import SqlReader
 from dbtstream.statuses import Reason, RunStatus
 from dbtstream.store import NodeStates, Store
 from dbtstream.trace import span_id_of, trace_id_of
@@ -61,6 +65,9 @@ from dbtstream.watchdog import Stop, Watchdog
 from dbtstream.workspace import Workspace, keep_parse_cache, prepare_workspace
 
 logger = logging.getLogger(__name__)
+
+LINEAGE_WRITTEN_S = 10.0
+"""What the bucket `dbt_lineage` may take after all events are stored."""
 
 FRAMES_PER_TURN = 32
 """After so many frames that were already there, other tasks get the loop."""
@@ -75,6 +82,8 @@ class Services:
     store: Store
     node_states: NodeStates
     artifacts: ArtifactStore
+    lineage: LineageStore
+    sql_reader: SqlReader
 
     def content_type(self, project: str) -> str:
         """Of the project's events; JSON for a project that is not ours."""
@@ -124,6 +133,7 @@ class Execution:
         )
         self._normalizer: Normalizer
         self._events: AttemptEvents
+        self._assets: AssetEvents
         self._outbox: Outbox
         self._result: Result | None = None
         self._scrubber = Scrubber.for_environment(os.environ, ())
@@ -159,6 +169,14 @@ class Execution:
             self._services.node_states,
             content_type=self.job.project.content_type,
             tracestate=self.job.tracestate,
+        )
+        self._assets = AssetEvents(
+            self.job.project,
+            self._normalizer,
+            self._events,
+            self._services.lineage,
+            self._services.sql_reader,
+            self._claim.earlier,
         )
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -222,17 +240,19 @@ class Execution:
         saving = tasks.create_task(
             self._unless_superseded(self._state.run()), name=f"state {run_id}"
         )
+        tasks.create_task(self._assets.run(), name=f"assets {run_id}")
         guard = tasks.create_task(
             self._unless_superseded(self._until_lost()), name=f"lease {run_id}"
         )
         try:
             ending = await self._course(workspace, admission)
             goes_on = self._goes_on(ending)
-            self._events.end(ending, final=not goes_on)
+            await self._tell_end(ending, final=not goes_on)
             self._say_end(goes_on=goes_on)
             self._outbox.close_input()
             written = self._services.node_states.written(self.job.project_name, self.job.target)
             await asyncio.gather(self._outbox.drained(), written)
+            await self._lineage_written()
             # Only now: a terminal state means that the events are stored, too, and the artifacts.
             await self._conclude(workspace)
             self._state.close()
@@ -245,6 +265,24 @@ class Execution:
         guard.cancel()
         return Outcome.GIVEN_BACK if goes_on else Outcome.ENDED
 
+    async def _tell_end(self, ending: Ending, *, final: bool, wait_s: float | None = None) -> None:
+        """The ends of nodes, what they mean for assets, and the run's own end."""
+        self._assets.take_ends(self._events.close_nodes(ending))
+        await self._assets.settle(self.job.project.lineage.wait_s if wait_s is None else wait_s)
+        self._events.finish(ending, final=final)
+
+    async def _lineage_written(self) -> None:
+        """What the next run wants to know. It can do without, so this is waited for in bounds."""
+        behind = self._services.lineage.behind
+        try:
+            async with asyncio.timeout(LINEAGE_WRITTEN_S):
+                await behind.written(self.job.project_name, self.job.target)
+        except TimeoutError:
+            logger.warning(
+                "lineage is not in its bucket yet; the run ends without",
+                extra={"action": "run.lineage_unwritten", "run_id": self.job.run_id},
+            )
+
     def _goes_on(self, ending: Ending) -> bool:
         """Whether the run is given back: dbt was cut short, or never started, so that it can be."""
         may = self.job.on_lost is not OnLost.FAIL or not self._has_started
@@ -256,7 +294,7 @@ class Execution:
         stop = self._watchdog.stop
         ending = Ending(how=Ended.CRASHED, stop=stop.reason if stop else None)
         if not self._events.ended:
-            self._events.end(ending, final=not self._goes_on(ending))
+            await self._tell_end(ending, final=not self._goes_on(ending), wait_s=0.0)
         await self._outbox.close()
 
     async def _course(self, workspace: Workspace | Ending, admission: Admission) -> Ending:
@@ -301,7 +339,12 @@ class Execution:
 
     async def _spawn(self, workspace: Workspace) -> DbtProcess:
         job = self.job
-        start = child_start(job, workspace, self._claim.earlier if self._claim.resume else None)
+        start = child_start(
+            job,
+            workspace,
+            self._claim.earlier if self._claim.resume else None,
+            await self._assets.known_manifest(),
+        )
         self._normalizer.spawned(_now())
         process = await DbtProcess.start(
             job.project.python, start, environment=workspace.environment
@@ -352,7 +395,9 @@ class Execution:
 
     def _take(self, frame: AnyFrame) -> None:
         self._watchdog.heard()
-        self._events.emit(self._normalizer.frame(frame))
+        events = self._normalizer.frame(frame)
+        self._events.emit(events)
+        self._assets.take(frame, events)
         match frame:
             case Hello():
                 self._state.move(RunStatus.RUNNING, at=_now())

@@ -14,6 +14,7 @@ import msgspec
 
 from dbtstream.artifact_store import ArtifactStore, latest_prefix
 from dbtstream.artifacts import FILES, LOG, artifact_files, without_paths
+from dbtstream.assets import COMMANDS
 from dbtstream.config import DEFAULT_TARGET, ProjectConfig
 from dbtstream.errors import DbtstreamError, RequestRejected
 from dbtstream.events import AnyEvent, RunFinished, RunStarted
@@ -123,13 +124,20 @@ async def _run_of(store: Store, run_id: str, project: str, field: str) -> RunVie
     return stored[0]
 
 
-def child_start(job: Job, workspace: Workspace, earlier: Sequence[AnyEvent] | None) -> Start:
-    """What the child is told. With `earlier` events, only nodes without success run again."""
+def child_start(
+    job: Job,
+    workspace: Workspace,
+    earlier: Sequence[AnyEvent] | None,
+    known_manifest: str | None,
+) -> Start:
+    """What the child is told. With `earlier` events, only nodes without success run again; of a
+    `known_manifest` only what is near to the selection is told."""
+    project = job.project
     variables = job.request.vars
     args = worker_args(
         job.dbt,
         target=None if job.target == DEFAULT_TARGET else job.target,
-        profile=job.project.profile,
+        profile=project.profile,
         vars_json=msgspec.json.encode(variables).decode() if variables else "",
     )
     retry = None
@@ -144,13 +152,18 @@ def child_start(job: Job, workspace: Workspace, earlier: Sequence[AnyEvent] | No
         )
     return Start(
         args=args,
-        project_dir=job.project.path,
+        project_dir=project.path,
         secret_env=list(workspace.secret_names),
-        log_level=job.project.log_level,
-        queries=job.project.queries,
-        query_sql=job.project.query_sql,
+        log_level=project.log_level,
+        queries=project.queries,
+        query_sql=project.query_sql,
         stack_file=str(workspace.stack_file),
         retry=retry,
+        graph=project.assets.emit or project.lineage.emit or bool(project.selectors),
+        known_manifest=known_manifest,
+        compiled_code=(project.lineage.emit or project.assets.emit) and job.dbt.command in COMMANDS,
+        adapter_columns=project.lineage.adapter_columns,
+        selectors=project.selectors,
     )
 
 

@@ -21,11 +21,15 @@ _EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 _TTL = "Nats-TTL"
 _OPERATION = "KV-Operation"
 _MARKERS = (_OPERATION, "Nats-Marker-Reason")
+_SUBJECT = "Nats-Subject"  # of a message that a direct get answers with
 _NO_MESSAGE = 10037
 _READ_TIMEOUT_S = 5.0
 
 MARKER_TTL_S = 30 * 86400
 """What says that a key was deleted goes away after so long: a bucket must not fill with it."""
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+_DELETED: Mapping[str, str] = MappingProxyType({_OPERATION: "DEL", _TTL: f"{MARKER_TTL_S}s"})
 
 WORTH_A_BATCH = 20
 """An atomic batch costs the server some 25 ms whatever its size; single writes 1 to 2 ms each."""
@@ -59,7 +63,7 @@ class _Put(NamedTuple):
 
     subject: str
     payload: bytes
-    headers: Mapping[str, str] = MappingProxyType({})
+    headers: Mapping[str, str]
 
 
 class Bucket:
@@ -92,13 +96,16 @@ class Bucket:
         """Through STREAM.MSG.GET, which the leader answers; a direct get may be behind."""
         return await self._retried(lambda: self._read_once(key))
 
-    async def read_many(self, keys: Sequence[str]) -> list[bytes]:
-        """The living values of up to about a thousand keys, in no order, maybe a bit behind."""
+    async def read_many(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """The living values of up to about a thousand keys, maybe a bit behind."""
         return await self._retried(lambda: self._read_many(keys))
 
-    async def write_many(self, values: Mapping[str, bytes]) -> None:
-        """Over whatever is there; all of them or none, up to 1000 keys."""
-        puts = [_Put(self._prefix + key, data) for key, data in values.items()]
+    async def write_many(self, values: Mapping[str, bytes | None]) -> None:
+        """Over whatever is there; all of them or none, up to 1000 keys. None deletes."""
+        puts = [
+            _Put(self._prefix + key, data or b"", _NOTHING if data else _DELETED)
+            for key, data in values.items()
+        ]
         await self._retried(lambda: self._write_many(puts))
 
     async def keys(self, pattern: str) -> list[str]:
@@ -125,7 +132,7 @@ class Bucket:
         return int(ack.seq)
 
     async def _delete_once(self, key: str, revision: int) -> None:
-        headers = {_OPERATION: "DEL", _EXPECTED: str(revision), _TTL: f"{MARKER_TTL_S}s"}
+        headers = {**_DELETED, _EXPECTED: str(revision)}
         try:
             await self._link.publish(self._prefix + key, b"", headers)
         except JetStreamRefused as error:
@@ -140,7 +147,7 @@ class Bucket:
             await self._link.publish_batch(puts)
             return
         for put in puts:
-            await self._link.publish(put.subject, put.payload)
+            await self._link.publish(put.subject, put.payload, put.headers)
 
     async def _read_once(self, key: str) -> Value | None:
         body = {"last_by_subj": self._prefix + key}
@@ -174,11 +181,11 @@ class Bucket:
             total = int(answer.get("total", len(keys)))
         return keys
 
-    async def _read_many(self, keys: Sequence[str]) -> list[bytes]:
+    async def _read_many(self, keys: Sequence[str]) -> dict[str, bytes]:
         """Last values of many keys in one request (ADR-31, `multi_last`); nats-py has no call
         for it. The answers end with a message of status 204."""
         body = json.dumps({"multi_last": [self._prefix + key for key in keys]}).encode()
-        values: list[bytes] = []
+        values: dict[str, bytes] = {}
         with self._link.translated(f"reading {self._stream}"):
             client = self._link.client
             inbox = client.new_inbox()
@@ -191,7 +198,8 @@ class Bucket:
                     if "Status" in headers:  # 204: that was all; 404: there is none
                         return values
                     if not any(name in headers for name in _MARKERS):
-                        values.append(message.data)
+                        subject = headers[_SUBJECT]
+                        values[subject.removeprefix(self._prefix)] = message.data
             finally:
                 await subscription.unsubscribe()
 

@@ -3,6 +3,8 @@
     run.<project>.<target>        a Held: who runs dbt there, one run at a time
     limit.<name>.<n>              a Held: who has this place under a named limit
     used.limit.<name>.<n>         that this place was taken in the last weeks
+    leader.<name>                 which worker sends to OpenLineage: `publishers.leadership`
+    position.<name>               and how far it is: `publishers.event_feed`
 
 A Held goes away with its TTL, or a marker in its place says for some weeks that it was given up.
 """

@@ -1,7 +1,7 @@
-"""The last lineage events of all nodes of a project and target, out of the KV bucket `dbt_lineage`.
+"""The KV bucket `dbt_lineage`, read: what is known of a project's lineage and assets.
 
-An edge: it reads NATS, and writes nothing there; what a run learns is written as its events are.
-`client.lineage` asks it, `lineage_graph` makes a graph of what it gives. No daemon need be there.
+An edge that writes nothing; what a run learns, `lineage_store` writes. `client.lineage` asks it,
+`lineage_graph` makes a graph of what it gives. No daemon need be there.
 """
 
 from typing import NamedTuple, TypeVar
@@ -15,12 +15,12 @@ from dbtstream.nats_errors import JetStreamRefused
 from dbtstream.nats_link import NatsLink
 from dbtstream.subjects import LINEAGE_BUCKET, NAME
 
-PAGE = 100  # events read per request
+PAGE = 500  # values read per request
 MAX_LISTED = 10
 
 _NO_STREAM = 10059
 
-_Event = TypeVar("_Event", LineageDeclared, LineageObserved)
+T = TypeVar("T")
 
 
 class NoLineage(DbtstreamError):
@@ -67,20 +67,30 @@ class LineageBucket:
         if not NAME.fullmatch(project) or not NAME.fullmatch(target or "_"):
             raise NoLineage(project, target, await self._known())
         where = f"{project}.{target or '*'}.>"
-        declared = await self._keys(f"declared.{where}")
-        observed = await self._keys(f"observed.{where}")
-        targets = sorted({key.split(".")[2] for key in (*declared, *observed)})
+        declared, unreadable = await self.values(f"declared.{where}", LineageDeclared)
+        observed, also_unreadable = await self.values(f"observed.{where}", LineageObserved)
+        targets = sorted({event.target for event in (*declared, *observed)})
         if not targets:
             raise NoLineage(project, target, await self._known())
         if len(targets) > 1:
             raise WhichTarget(project, targets)
+        return StoredLineage(targets[0], declared, observed, unreadable + also_unreadable)
+
+    async def values(self, pattern: str, kind: type[T]) -> tuple[list[T], list[str]]:
+        """What lies under keys like `declared.shop.*.>`, and a sentence about each value that
+        cannot be read."""
+        keys = await self._keys(pattern)
+        values: list[T] = []
         unreadable: list[str] = []
-        return StoredLineage(
-            targets[0],
-            await self._events(declared, LineageDeclared, unreadable),
-            await self._events(observed, LineageObserved, unreadable),
-            unreadable,
-        )
+        for start in range(0, len(keys), PAGE):
+            found = await self._bucket.read_many(keys[start : start + PAGE])
+            for data in found.values():
+                try:
+                    values.append(_decoded(data, kind))
+                except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                    what = data[:60].decode("utf-8", "backslashreplace")
+                    unreadable.append(f"{error}: {what}…")
+        return values, unreadable
 
     async def _known(self) -> list[str]:
         """All projects and targets; only asked for to make an error helpful."""
@@ -99,21 +109,8 @@ class LineageBucket:
                 "`dbtstream setup` creates it",
             ) from error
 
-    async def _events(
-        self, keys: list[str], kind: type[_Event], unreadable: list[str]
-    ) -> list[_Event]:
-        events = []
-        for start in range(0, len(keys), PAGE):
-            for data in await self._bucket.read_many(keys[start : start + PAGE]):
-                try:
-                    events.append(_decoded(data, kind))
-                except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                    what = data[:60].decode("utf-8", "backslashreplace")
-                    unreadable.append(f"{error}: {what}…")
-        return events
 
-
-def _decoded(data: bytes, kind: type[_Event]) -> _Event:
+def _decoded(data: bytes, kind: type[T]) -> T:
     """A project's content type may be MessagePack, whose maps never begin with a brace."""
     if data.startswith(b"{"):
         return msgspec.json.decode(data, type=kind)

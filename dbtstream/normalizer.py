@@ -22,7 +22,7 @@ What a subscriber may want to know, where the contract leaves a choice:
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import PurePath
-from typing import assert_never
+from typing import Any, assert_never
 
 import msgspec
 
@@ -244,22 +244,49 @@ class Normalizer:
         ending = msgspec.structs.replace(ending, stop=stop)
         return stop is Reason.HANDED_OVER and run_status(ending, self._result) is RunStatus.LOST
 
+    def tell(
+        self, event: type[AnyEvent], at: datetime, unique_id: str | None, facts: dict[str, Any]
+    ) -> list[AnyEvent]:
+        """A lineage or asset event of `facts`, numbered; in the span of the node `unique_id`."""
+        self._check_open()
+        self._envelope.emit(event, at, self._span_about(unique_id), **facts)
+        return self._envelope.taken()
+
+    def warn(self, name: str, message: str, at: datetime) -> list[AnyEvent]:
+        """A line of ours for the project's people: something of theirs is not as it should be."""
+        self._check_open()
+        self._envelope.log("warn", name, message, at)
+        return self._envelope.taken()
+
     def end(self, ending: Ending, *, at: datetime, final: bool = True) -> list[AnyEvent]:
         """Close every node still open, then the run: `run.finished` is the last event.
 
         With `final=False` the run goes on in another attempt, and there is no `run.finished`.
         """
+        return self.close_nodes(ending, at=at) + self.finish(ending, at=at, final=final)
+
+    def close_nodes(self, ending: Ending, *, at: datetime) -> list[AnyEvent]:
+        """The ends of all nodes that dbt left open. What they mean for lineage and assets may
+        still be told, then `finish` comes."""
         self._check_open()
-        self._closed = True
         if ending.stop is not None:
             self._stopping.asked(ending.stop)
-        ending = msgspec.structs.replace(ending, stop=self._stopping.stop)
+        ending = self._as_stopped(ending)
         if self._stopping.untold and ending.stop is not None:
             self._tell_cancel("interrupting", self._stopping.by, at)
         self._nodes.close_all(ending, self._result, at)
-        if final:
-            self._finish(ending, at)
         return self._envelope.taken()
+
+    def finish(self, ending: Ending, *, at: datetime, final: bool = True) -> list[AnyEvent]:
+        """After `close_nodes`: the run's own end, once and last; none if it is not `final`."""
+        self._check_open()
+        self._closed = True
+        if final:
+            self._finish(self._as_stopped(ending), at)
+        return self._envelope.taken()
+
+    def _as_stopped(self, ending: Ending) -> Ending:
+        return msgspec.structs.replace(ending, stop=self._stopping.stop)
 
     # One frame
 

@@ -9,33 +9,24 @@ reads and writes its keys. Run states are written at once and in order; node sta
 the run's back, since a run of ten thousand nodes must not wait for ten thousand answers.
 """
 
-import asyncio
-import contextlib
-import itertools
-import logging
-from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 
 import msgspec
 
-from dbtstream.errors import NatsRefused, NatsUnavailable
 from dbtstream.events import NodeFinished
 from dbtstream.kv_bucket import Bucket, RevisionConflict
 from dbtstream.messages import RunView
 from dbtstream.nats_link import NatsLink
 from dbtstream.statuses import NodeStatus
 from dbtstream.subjects import STATE_BUCKET, node_key, request_key, run_key
+from dbtstream.write_behind import WriteBehind
 
 __all__ = ["NodeState", "NodeStates", "RevisionConflict", "Store", "state_of"]
-
-logger = logging.getLogger(__name__)
 
 RETRY_FOR_S = 30.0
 PAGE = 100  # runs read per request
 MAX_LISTED = 5000  # of the newest runs, how many a filtered list looks at
-BATCH_KEYS = 200  # node states written at once
-LINGER_S = 0.05
 MAX_MESSAGE_CHARS = 500
 
 _encoder = msgspec.json.Encoder()
@@ -101,7 +92,9 @@ class Store:
         runs: list[RunView] = []
         for start in range(0, len(keys), PAGE):
             values = await self._bucket.read_many(keys[start : start + PAGE])
-            views = sorted(map(_run.decode, values), key=lambda view: view.run_id, reverse=True)
+            views = sorted(
+                map(_run.decode, values.values()), key=lambda view: view.run_id, reverse=True
+            )
             runs += (
                 view
                 for view in views
@@ -135,12 +128,12 @@ class Store:
     async def put_nodes(self, events: Sequence[NodeFinished]) -> None:
         """Of up to BATCH_KEYS nodes of one project and target, where none knows a later end:
         a worker that was frozen may come with what is long over."""
-        states = map(_node.decode, await self._bucket.read_many([_key(event) for event in events]))
-        before = {state.unique_id: state for state in states}
+        found = await self._bucket.read_many([_key(event) for event in events])
+        before = {key: _node.decode(data) for key, data in found.items()}
         values = {
             _key(event): _encoder.encode(state_of(event, known))
             for event in events
-            if (known := before.get(event.node.unique_id)) is None or not is_later(known, event)
+            if (known := before.get(_key(event))) is None or not is_later(known, event)
         }
         if values:
             await self._bucket.write_many(values)
@@ -150,92 +143,16 @@ class Store:
         return None if value is None or value.data is None else _node.decode(value.data)
 
 
-class NodeStates:
-    """Run `run()` in a task; `close()` lets it end when all is written."""
+class NodeStates(WriteBehind[NodeFinished]):
+    """How nodes ended, written behind the run's back."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
-        self._waiting: dict[str, NodeFinished] = {}
-        self._wake = asyncio.Event()
-        self._closed = asyncio.Event()
-        self._hurry = asyncio.Event()
-        self._writing: dict[str, NodeFinished] = {}
-        self._wrote = asyncio.Event()
-        self.counts: Counter[str] = Counter()
-        """received, sent, dropped (a newer one came before it was written), failed."""
-
-    def put(self, event: NodeFinished) -> None:
-        """Never waits."""
-        key = _key(event)
-        self.counts["received"] += 1
-        self.counts["dropped"] += key in self._waiting
-        self._waiting[key] = event
-        self._wake.set()
-
-    def close(self) -> None:
-        """No more puts."""
-        self._closed.set()
-        self._hurry.set()
-        self._wake.set()
-
-    async def written(self, project: str, target: str) -> None:
-        """Wait until what was put of this target is in the bucket, or refused; for `run()`.
-
-        What is not when a run ends is lost if this process dies: nobody looks at it again.
-        """
-        prefix = node_key(project, target, "")
-        keys = {key for key in {**self._waiting, **self._writing} if key.startswith(prefix)}
-        while not keys.isdisjoint({**self._waiting, **self._writing}):
-            self._hurry.set()
-            self._wrote.clear()
-            await self._wrote.wait()
-
-    async def run(self) -> None:
-        """Until `close()` was called and everything is written. May be cancelled."""
-        while not (self._closed.is_set() and not self._waiting):
-            if not self._waiting:
-                self._wake.clear()
-                await self._wake.wait()
-            await self._linger()
-            # One write at a time: two of one node in flight could end in the wrong order.
-            target, self._writing = self._next_chunk()
-            if self._writing:
-                await self._write(target, self._writing)
-            self._writing = {}
-            self._wrote.set()
-
-    async def _linger(self) -> None:
-        """More may come in a moment, and many at once cost little more than one."""
-        if len(self._waiting) < BATCH_KEYS:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LINGER_S):
-                    await self._hurry.wait()
-        if not self._closed.is_set():
-            self._hurry.clear()
-
-    def _next_chunk(self) -> tuple[str, dict[str, NodeFinished]]:
-        """The oldest that wait, of one project and target: there unique_ids are unique."""
-        first = next(iter(self._waiting.values()), None)
-        if first is None:
-            return "", {}
-        target = node_key(first.project, first.target, "")
-        of_target = (key for key in self._waiting if key.startswith(target))
-        keys = list(itertools.islice(of_target, BATCH_KEYS))
-        return target, {key: self._waiting.pop(key) for key in keys}
-
-    async def _write(self, target: str, chunk: dict[str, NodeFinished]) -> None:
-        try:
-            await self._store.put_nodes(list(chunk.values()))
-            self.counts["sent"] += len(chunk)
-        except NatsUnavailable:
-            self._waiting = chunk | self._waiting
-        except NatsRefused:
-            self.counts["failed"] += len(chunk)
-            if self.counts["failed"] == len(chunk):
-                logger.exception(
-                    "states of nodes cannot be written",
-                    extra={"action": "node_states.failed", "keys": target},
-                )
+        super().__init__(
+            store.put_nodes,
+            key=_key,
+            group=lambda event: (event.project, event.target),
+            what="states of nodes",
+        )
 
 
 def _key(event: NodeFinished) -> str:

@@ -18,6 +18,7 @@ from dbtstream.subjects import (
     DEAD_STREAM,
     EVENTS,
     EVENTS_STREAM,
+    LINEAGE_BUCKET,
     LIVE,
     RUNS,
     RUNS_STREAM,
@@ -131,6 +132,17 @@ def wanted_streams(config: StreamsConfig) -> list[Wanted]:
                 "allow_atomic": True,  # node states are written many at once
             },
             {"max_age": _ns(config.state_max_age_s), **replicas},
+        ),
+        Wanted(
+            # No max_age: a model that never changes is told once, and its lineage stays readable.
+            f"KV_{LINEAGE_BUCKET}",
+            {
+                **kv,
+                "subjects": [f"$KV.{LINEAGE_BUCKET}.>"],
+                "allow_direct": True,
+                "allow_atomic": True,
+            },
+            replicas,
         ),
         Wanted(
             # No max_age and no subject_delete_marker_ttl: a lease's TTL is its own, and nats-py

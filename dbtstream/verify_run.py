@@ -142,8 +142,8 @@ async def _states(link: NatsLink, last: Mapping[str, NodeFinished]) -> dict[str,
     keys = [node_key(end.project, end.target, unique_id) for unique_id, end in last.items()]
     states: dict[str, NodeState | None] = {}
     for start in range(0, len(keys), KEYS_AT_ONCE):
-        values = await bucket.read_many(keys[start : start + KEYS_AT_ONCE])
-        states |= {state.unique_id: state for state in map(_node_state.decode, values)}
+        found = await bucket.read_many(keys[start : start + KEYS_AT_ONCE])
+        states |= {state.unique_id: state for state in map(_node_state.decode, found.values())}
     return states
 
 

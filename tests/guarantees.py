@@ -26,6 +26,13 @@ from dbtstream.events import (
     encode_event,
     event_type,
 )
+from dbtstream.lineage_events import (
+    Asset,
+    AssetChecked,
+    LineageChanged,
+    LineageDeclared,
+    LineageObserved,
+)
 from dbtstream.statuses import DBT_NODE_STATUS, PASSED, NodeStatus, Reason, RunStatus
 
 HAS_BEGUN = {
@@ -68,6 +75,7 @@ def check_run(
         check_one_end_per_node(of_attempt)
         check_order(of_attempt, ordered=ordered)
         check_verdicts(of_attempt)
+    check_assets(events)
     if isinstance(events[-1], RunFinished):
         check_summary(events, events[-1])
     for secret in secrets:
@@ -142,6 +150,35 @@ def check_frame_of_the_run(events: Sequence[AnyEvent], *, complete: bool = True)
     per_attempt = Counter((event.attempt, event_type(event)) for event in events)
     for (attempt, kind), count in per_attempt.items():
         assert count == 1 or kind not in ("run.started", "run.planned"), f"{kind} in {attempt}"
+
+
+def check_assets(events: Sequence[AnyEvent]) -> None:
+    """Lineage and assets follow the ends that they are of, each once in an attempt."""
+    ended: dict[str, NodeFinished] = {}
+    told: Counter[tuple[int, str, str]] = Counter()
+    for event in events:
+        match event:
+            case NodeFinished():
+                ended[event.node.unique_id] = event
+            case Asset():
+                about = (
+                    event.check.unique_id if isinstance(event, AssetChecked) else event.unique_id
+                )
+                assert about in ended, f"{event.event_id} is told before the end of {about}"
+                told[event.attempt, "asset", about] += 1
+            case LineageObserved():
+                assert ended[event.unique_id].status in PASSED
+                told[event.attempt, "observed", event.unique_id] += 1
+            case LineageDeclared():
+                told[event.attempt, "declared", event.unique_id] += 1
+            case LineageChanged():
+                declared = {attempt for attempt, kind, _ in told if kind == "declared"}
+                assert event.attempt not in declared, "lineage.changed comes first"
+                told[event.attempt, "changed", ""] += 1
+            case _:
+                pass
+    twice = [key for key, count in told.items() if count > 1]
+    assert not twice, f"told twice: {twice}"
 
 
 def check_one_end_per_node(events: Sequence[AnyEvent]) -> None:

@@ -45,6 +45,15 @@ def plan(*nodes):
         send("nodes", nodes=list(nodes[i:i + 200]))
     send("plan", node_count=len(nodes), status="complete", manifest_hash="h", threads=4)
 
+def table(name):
+    return {"database": "shop", "schema": "main", "identifier": name,
+        "relation_name": f'"shop"."main"."{name}"'}
+
+def graph(*others, manifest_hash="h", complete=True, **fields):
+    send("graph_nodes", nodes=list(others))
+    send("graph", **{"manifest_hash": manifest_hash, "complete": complete, "adapter_type": "duckdb",
+        "connection": {"type": "duckdb", "path": "/data/shop.duckdb"}, **fields})
+
 def started(name):
     send("node_start", unique_id=f"model.shop.{name}")
     send("node_work", unique_id=f"model.shop.{name}", index=1, total=1)

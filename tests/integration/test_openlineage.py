@@ -115,15 +115,8 @@ def endpoint() -> Iterator[Endpoint]:
 
 @pytest.fixture
 async def events(link: NatsLink) -> NatsLink:
-    """The link, with the streams set up, and the bucket of lineage as the contract has it."""
+    """The link, with the streams set up."""
     await ensure_streams(link, StreamsConfig())
-    if LINEAGE_BUCKET not in [s.config.name for s in await link.js.streams_info()]:
-        bucket = StreamConfig(
-            name=f"KV_{LINEAGE_BUCKET}",
-            subjects=[f"$KV.{LINEAGE_BUCKET}.>"],
-            max_msgs_per_subject=1,
-        )
-        await link.js.add_stream(bucket)
     return link
 
 

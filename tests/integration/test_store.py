@@ -13,9 +13,10 @@ from dbtstream.events import NodeBlock, NodeFinished
 from dbtstream.messages import RunView
 from dbtstream.nats_link import NatsLink
 from dbtstream.statuses import NodeStatus, RunStatus
-from dbtstream.store import BATCH_KEYS, NodeState, NodeStates, RevisionConflict, Store
+from dbtstream.store import NodeState, NodeStates, RevisionConflict, Store
 from dbtstream.streams import ensure_streams
 from dbtstream.subjects import STATE_BUCKET, new_run_id, node_key, run_key
+from dbtstream.write_behind import BATCH_KEYS
 
 AT = datetime(2025, 3, 1, tzinfo=UTC)
 

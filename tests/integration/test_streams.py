@@ -20,6 +20,7 @@ NAMES = [
     "stream DBT_DEAD",
     "stream DBT_ADVISORIES",
     "KV bucket dbt_state",
+    "KV bucket dbt_lineage",
     "KV bucket dbt_leases",
     "object store dbt_artifacts",
 ]

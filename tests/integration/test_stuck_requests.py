@@ -14,9 +14,11 @@ from dbtstream.config import Config, NatsConfig, StreamsConfig
 from dbtstream.consumer import RequestConsumer, durable_name
 from dbtstream.events import RunRejected, decode_event
 from dbtstream.execution import Services
+from dbtstream.lineage_store import LineageStore
 from dbtstream.messages import RunView
 from dbtstream.nats_link import NatsLink
 from dbtstream.runs import advance
+from dbtstream.sql_process import SqlReader
 from dbtstream.statuses import RunStatus
 from dbtstream.store import NodeStates, Store
 from dbtstream.stored_message import stored_message
@@ -46,7 +48,13 @@ class Queue:
         self.link, self.config = link, config
         self.store = Store(link)
         self.services = Services(
-            config, link, self.store, NodeStates(self.store), ArtifactStore(link)
+            config,
+            link,
+            self.store,
+            NodeStates(self.store),
+            ArtifactStore(link),
+            LineageStore(link),
+            SqlReader(),
         )
         self.consumer = RequestConsumer(link, config, SUBJECT)
         self.asked_to_end: list[str] = []

@@ -6,12 +6,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dbtstream.client import Client
 from dbtstream.embedded import NatsServer
 from dbtstream.events import AnyEvent, NodeFinished, NodeStarted, RunFinished, RunLeased, RunStarted
+from dbtstream.lineage_events import AssetMaterialized
 from dbtstream.messages import OnLost, RunView
 from dbtstream.statuses import NodeStatus, Reason, RunStatus
 from tests.acceptance.conftest import Serve, serve, whole_run
@@ -39,7 +41,13 @@ DIAMOND = """
 
 @asynccontextmanager
 async def worker(
-    tmp_path: Path, server: NatsServer, name: str, flag: Path, **settings: object
+    tmp_path: Path,
+    server: NatsServer,
+    name: str,
+    flag: Path,
+    *,
+    body: str = DIAMOND,
+    **settings: object,
 ) -> AsyncIterator[Serve]:
     folder = tmp_path / name
     folder.mkdir(exist_ok=True)
@@ -68,7 +76,7 @@ state_dir = "{folder / "state"}"
 [projects.shop]
 path = "{project_folder(tmp_path)}"
 targets = ["dev"]
-python = "{scripted_child(folder / "child", DIAMOND % str(flag))}"
+python = "{scripted_child(folder / "child", body % str(flag))}"
 """,
         encoding="utf-8",
     )
@@ -114,7 +122,7 @@ async def test_a_killed_daemon_that_comes_back_does_only_what_had_not_succeeded(
     flag = tmp_path / "go"
     async with Client.connect(nats_server.url) as client:
         # Long waits: the one that comes back settles its predecessor's affairs at once.
-        patient = {"ack_wait_s": 600.0, "lease_ttl_s": 600}
+        patient: dict[str, Any] = {"ack_wait_s": 600.0, "lease_ttl_s": 600}
         async with worker(tmp_path, nats_server, "w1", flag, **patient) as first:
             run = await client.submit("shop", ["build"], target="dev")
             await until(client, run.run_id, b_started)
@@ -258,3 +266,38 @@ async def test_a_run_whose_workers_all_die_ends(tmp_path: Path, nats_server: Nat
     verdict = events[-1]
     assert isinstance(verdict, RunFinished)
     assert (verdict.status, verdict.attempts) == (RunStatus.LOST, 2)
+
+
+TELLS_LATE = """
+    start = start_line()
+    todo = ["b"] if start.get("retry") else ["a", "b"]
+    hello()
+    names = [model(n, relation=table(n)) for n in ("a", "b")]
+    plan(*[m for m in names if m["name"] in todo])
+    if start.get("retry"):
+        graph(*names)
+    for n in todo:
+        started(n)
+        if n == "b" and not start.get("retry"):
+            wait_for(%r)
+        finished(n)
+    result(0, [(n, "success") for n in todo])
+"""
+"""The first attempt ends before its child has told the manifest, so no asset could be told."""
+
+
+async def test_assets_that_a_dead_worker_did_not_get_to_are_told_by_the_next(
+    tmp_path: Path, nats_server: NatsServer
+) -> None:
+    """`a` is not built again, and its build is told all the same."""
+    flag = tmp_path / "flag"
+    async with Client.connect(nats_server.url) as client:
+        async with worker(tmp_path, nats_server, "w", flag, body=TELLS_LATE) as first:
+            accepted = await client.submit("shop", ["build"], target="dev")
+            await until(client, accepted.run_id, b_started)
+            await first.kill()
+        async with worker(tmp_path, nats_server, "w", flag, body=TELLS_LATE):
+            events = await whole_run(client, accepted.run_id)
+    check_run(events)
+    told = [(e.name, e.attempt) for e in events if isinstance(e, AssetMaterialized)]
+    assert told == [("a", 2), ("b", 2)]

@@ -82,6 +82,7 @@ class EventStream:
         run_id: str | None = None,
         follow: bool = True,
         prefetch: int = DEFAULT_PREFETCH,
+        on_skipped: Callable[[Exception], None] | None = None,
     ) -> None:
         self._link = link
         self._selection = selection
@@ -89,6 +90,7 @@ class EventStream:
         self._run_id = run_id
         self._follow = follow
         self._prefetch = prefetch
+        self._on_skipped = on_skipped
         self._consumer: _Consumer | None = None
         self._prepared: _Consumer | None = None
         self._closed = False
@@ -100,6 +102,11 @@ class EventStream:
         """Messages that are no event known here, such as a newer server's types."""
         self.resumed = 0
         """How often a new consumer had to be made."""
+        self.aged_out = 0
+        """At most so many messages were gone from the stream before they could be read: it
+        counts all its messages, also those that are not selected. Only for a reader that goes on
+        from somewhere (`after_seq`) and may look at the stream."""
+        self._counted_to = 0  # holes up to this stream sequence are in `aged_out`
 
     def __aiter__(self) -> AsyncIterator[AnyEvent]:
         return self._events()
@@ -121,6 +128,20 @@ class EventStream:
         """End the iteration, take the pull back, delete the consumer. Safe to call twice."""
         self._closed = True
         await self._detach(self._consumer)
+
+    async def position(self) -> int:
+        """All up to this stream sequence was given, is not selected, or has aged out. NatsError."""
+        state = (await self._api(f"STREAM.INFO.{EVENTS_STREAM}", {}))["state"]
+        given = self._start.after_seq or 0
+        if self._consumer is None or self._consumer.ended:
+            return given
+        path = f"CONSUMER.INFO.{EVENTS_STREAM}.{self._consumer.name}"
+        info = await self._api(path, {})
+        delivered = int(info["delivered"]["stream_seq"])
+        self._count_hole(int(state["first_seq"]), reached=max(given, delivered))
+        given = self._start.after_seq or 0
+        idle = not info["num_pending"] and delivered <= given
+        return max(given, int(state["last_seq"])) if idle else given
 
     # -- reading -------------------------------------------------------------------------
 
@@ -177,10 +198,9 @@ class EventStream:
             if consumer.asked <= 0 and consumer.queue.empty():
                 await self._pull(consumer)
             try:
-                async with asyncio.timeout(SILENCE_S):
-                    message = await consumer.queue.get()
-            except TimeoutError:
-                raise _ConsumerLost(f"silent for {SILENCE_S:g} s") from None
+                message = consumer.queue.get_nowait()
+            except asyncio.QueueEmpty:
+                message = await self._wait(consumer)
             if message is None:
                 raise _ConsumerLost("the connection was replaced")
             if not message.reply.startswith("$JS.ACK."):
@@ -191,6 +211,13 @@ class EventStream:
             if message.metadata.sequence.consumer != consumer.received:
                 raise _ConsumerLost("a message of it did not arrive")
             return message
+
+    async def _wait(self, consumer: _Consumer) -> Msg | None:
+        try:
+            async with asyncio.timeout(SILENCE_S):
+                return await consumer.queue.get()
+        except TimeoutError:
+            raise _ConsumerLost(f"silent for {SILENCE_S:g} s") from None
 
     async def _pull(self, consumer: _Consumer) -> None:
         request = {
@@ -224,7 +251,7 @@ class EventStream:
         metadata = message.metadata
         self._start = Start(after_seq=metadata.sequence.stream)
         headers = message.headers or {}
-        selected = self._selection.covers(message.subject)
+        covered = selected = self._selection.covers(message.subject)
         if self._run_id is not None:
             if headers.get(H_RUN_ID) != self._run_id:
                 return None
@@ -237,13 +264,16 @@ class EventStream:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             self._skip(message.subject, error)
             return None
-        if not self._selection.covers(message.subject) and not self._ends_run(event):
+        if not covered and not self._ends_run(event):
             return None
         self.stream_seq, self.subject = metadata.sequence.stream, message.subject
         return event
 
     def _skip(self, subject: str, error: Exception) -> None:
         self.skipped += 1
+        if self._on_skipped is not None:
+            self._on_skipped(error)
+            return
         if self.skipped == 1:
             logger.warning(
                 "skipped a message that is no event known here; later ones are only counted",
@@ -288,8 +318,8 @@ class EventStream:
 
     async def _make_consumer(self, name: str) -> _Consumer:
         link = self._link
-        if self.resumed:
-            await self._notice_new_stream()
+        if self.resumed or self._start.after_seq:
+            await self._look_at_stream()
         queue: asyncio.Queue[Msg | None] = asyncio.Queue()
         with link.translated("reading events"):
             inbox = link.client.new_inbox()
@@ -358,8 +388,8 @@ class EventStream:
             raise from_answer("reading events", self._link.servers, answer["error"])
         return answer
 
-    async def _notice_new_stream(self) -> None:
-        """Begin again if the stream was made anew: its numbers are below ours then."""
+    async def _look_at_stream(self) -> None:
+        """Begin again if it was made anew: its numbers are below ours then. Count what is gone."""
         after = self._start.after_seq
         try:
             info = await self._api(f"STREAM.INFO.{EVENTS_STREAM}", {})
@@ -367,12 +397,34 @@ class EventStream:
             if isinstance(error, JetStreamRefused):
                 raise
             return  # this user may not look; most need not
-        if after is not None and info["state"]["last_seq"] < after:
+        if after is None:
+            return
+        if info["state"]["last_seq"] < after:
             logger.warning(
                 "the events stream was made anew; reading it from its beginning",
                 extra={"action": "events.restart", "after_seq": after},
             )
             self._start = Start(after_seq=0)
+        elif after:
+            self._count_hole(int(info["state"]["first_seq"]), reached=after)
+
+    def _count_hole(self, first_seq: int, *, reached: int) -> None:
+        reached = max(reached, self._counted_to)
+        lost = first_seq - reached - 1
+        if lost <= 0:
+            return
+        self.aged_out += lost
+        self._counted_to = first_seq - 1
+        logger.warning(
+            "events have aged out of the stream before they could be read",
+            extra={
+                "action": "events.aged_out",
+                "from_seq": reached + 1,
+                "to_seq": first_seq - 1,
+                "at_most": lost,
+                "at_most_in_all": self.aged_out,
+            },
+        )
 
     async def _detach(self, consumer: _Consumer | None) -> None:
         """Best effort and bounded: the server forgets what we cannot tell it to."""

@@ -1,7 +1,7 @@
 """Stored events out as OpenLineage messages: in order, none lost, never in anybody's way.
 
 It reads what is in DBT_EVENTS (`event_feed`), has it mapped (`openlineage_mapping`), and sends
-the messages to a place (`openlineage_sinks`); an event is acked once its messages are delivered.
+the messages to a place (`openlineage_sinks`); the next event is read once they are delivered.
 So an endpoint that is down costs nothing but the wait: events stay in JetStream, and one event is
 in hand. One worker of the fleet sends, per place (`leadership`). Whoever takes over reads the
 run's earlier events again and feeds them to a mapping whose messages it throws away.
@@ -20,12 +20,11 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 import msgspec
-from nats.aio.msg import Msg
 
 from dbtstream.config import Config, read_secret
 from dbtstream.errors import NatsError, NatsRefused
 from dbtstream.event_stream import EventStream, Selection, Start
-from dbtstream.events import JSON, AnyEvent, decode_event
+from dbtstream.events import AnyEvent, decode_event
 from dbtstream.kv_bucket import Bucket
 from dbtstream.lineage_events import LineageObserved
 from dbtstream.nats_link import NatsLink, backoff_s
@@ -35,12 +34,11 @@ from dbtstream.publishers.event_feed import EventFeed
 from dbtstream.publishers.leadership import Leadership
 from dbtstream.publishers.openlineage_sinks import HttpSink, NatsSink, NotNow, Refused, Sink
 from dbtstream.publishers.stored import CLOCK_SKEW_S
-from dbtstream.subjects import H_CONTENT_TYPE, LINEAGE_BUCKET, observed_key
+from dbtstream.subjects import LINEAGE_BUCKET, observed_key
 
 logger = logging.getLogger(__name__)
 
 LEAD_TTL_S = 30
-ACK_WAIT_S = 15.0
 MAX_RUNS = 50
 """Runs whose mapping is kept; another one is read again from the stream when it goes on."""
 MAX_SAID = 100
@@ -98,12 +96,11 @@ class OpenLineageSender:
         namespace: str,
         worker: str,
         lead_ttl_s: int = LEAD_TTL_S,
-        ack_wait_s: float = ACK_WAIT_S,
     ) -> None:
         name = f"openlineage-{sink.name}"
         self.sink = sink
         self.stats = SenderStats()
-        self.feed = EventFeed(link, name, FAMILIES, ack_wait_s=ack_wait_s)
+        self.feed = EventFeed(link, name, FAMILIES, on_skipped=self._skipped)
         self._link = link
         self._namespace = namespace
         self._lead = Leadership(link, name, worker, ttl_s=lead_ttl_s)
@@ -144,7 +141,6 @@ class OpenLineageSender:
         note of the place is its own."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEAVE_S):
-                await self.feed.close()
                 if ours:
                     await self._note()
                     await self._lead.give_up()
@@ -163,32 +159,28 @@ class OpenLineageSender:
         failures = 0
         while True:
             try:
-                message = await self.feed.next()
+                async with contextlib.aclosing(self.feed.events()) as events:
+                    async for event in events:
+                        failures = 0
+                        await self._lead.until_sure()
+                        await self._handle(event)
             except NatsError as error:
                 failures += 1
                 self._say("cannot read events for OpenLineage, trying again", error)
                 await asyncio.sleep(backoff_s(failures))
-                continue
-            failures = 0
-            if message is not None:
-                async with self.feed.in_hand(message):
-                    await self._lead.until_sure()
-                    await self._handle(message)
 
-    async def _handle(self, message: Msg) -> None:
+    async def _handle(self, event: AnyEvent) -> None:
         self.stats.received += 1
-        content_type = (message.headers or {}).get(H_CONTENT_TYPE, JSON)
-        try:
-            event = decode_event(message.data, content_type)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            self._drop("left out a message that is no event known here", error)
-            return
-        for each in await self._mapped(event, message.metadata.sequence.stream):
+        for each in await self._mapped(event):
             await self._deliver(each)
 
-    async def _mapped(self, event: AnyEvent, stream_seq: int) -> list[OpenLineageMessage]:
+    def _skipped(self, error: Exception) -> None:
+        self.stats.received += 1
+        self._drop("left out a message that is no event known here", error)
+
+    async def _mapped(self, event: AnyEvent) -> list[OpenLineageMessage]:
         try:
-            mapping = self._runs.get(event.run_id) or await self._recall(event, stream_seq)
+            mapping = self._runs.get(event.run_id) or await self._recall(event)
             for unique_id in mapping.lacks(event):
                 await self._teach(mapping, event, unique_id)
             messages = mapping.take(event)
@@ -208,19 +200,19 @@ class OpenLineageSender:
         elif len(self._runs) > MAX_RUNS:
             self._runs.popitem(last=False)
 
-    async def _recall(self, event: AnyEvent, stream_seq: int) -> RunMapping:
+    async def _recall(self, event: AnyEvent) -> RunMapping:
         """A mapping that has seen what the run told before, and whose messages have been sent."""
         failures = 0
         while event.seq > 1:
             try:
-                return await self._read_again(event, stream_seq)
+                return await self._read_again(event)
             except NatsError as error:
                 failures += 1
                 self._say("cannot read a run again for OpenLineage, trying again", error)
                 await asyncio.sleep(backoff_s(failures))
         return self._new_mapping(event)
 
-    async def _read_again(self, event: AnyEvent, stream_seq: int) -> RunMapping:
+    async def _read_again(self, event: AnyEvent) -> RunMapping:
         mapping = self._new_mapping(event)
         stream = EventStream(
             self._link,
@@ -231,7 +223,7 @@ class OpenLineageSender:
         )
         async with stream:
             async for earlier in stream:
-                if (stream.stream_seq or 0) >= stream_seq:
+                if (stream.stream_seq or 0) >= self.feed.stream_seq:
                     break
                 mapping.take(earlier)
         return mapping

@@ -25,11 +25,14 @@ from dbtstream.config import (
 from dbtstream.daemon import Daemon
 from dbtstream.embedded import NatsServer
 from dbtstream.errors import ConfigError
+from dbtstream.event_stream import DEFAULT_PREFETCH
 from dbtstream.events import AnyEvent, RunFinished, encode_event
+from dbtstream.kv_bucket import Bucket
 from dbtstream.nats_link import NatsLink
+from dbtstream.publishers.event_feed import NOTE_EVERY, Place
 from dbtstream.publishers.openlineage import OpenLineageSender
 from dbtstream.publishers.openlineage_sinks import HttpSink, NatsSink, Sink
-from dbtstream.streams import ensure_streams
+from dbtstream.streams import LEASES_BUCKET, ensure_streams
 from dbtstream.subjects import (
     EVENTS_STREAM,
     LINEAGE_BUCKET,
@@ -131,7 +134,7 @@ def http_sink(endpoint: Endpoint, *, api_key: str | None = None, **config: Any) 
 
 
 def sender(link: NatsLink, sink: Sink, worker: str = "w1", **settings: Any) -> OpenLineageSender:
-    facts: dict[str, Any] = {"namespace": "dbt", "lead_ttl_s": 4, "ack_wait_s": 1.0}
+    facts: dict[str, Any] = {"namespace": "dbt", "lead_ttl_s": 4}
     return OpenLineageSender(link, sink, worker=worker, **(facts | settings))
 
 
@@ -151,13 +154,13 @@ async def running(sending: OpenLineageSender) -> AsyncIterator[OpenLineageSender
 
 
 async def kill(task: asyncio.Task[None], sending: OpenLineageSender) -> None:
-    """As SIGKILL does: nothing is given up, acked or given back. Its link is closed next."""
+    """As SIGKILL does: nothing is given up or noted. Its link is closed next."""
 
     async def nothing(*_: object) -> None:
         """What a dead process does."""
 
     sending._leave = nothing  # type: ignore[method-assign,assignment]
-    sending.feed._tell = nothing  # type: ignore[method-assign,assignment]
+    sending.feed._write_note = nothing  # type: ignore[method-assign]
     task.cancel()
     await asyncio.wait({task})
 
@@ -286,7 +289,7 @@ async def test_a_redirect_says_what_to_do(
 async def test_whoever_begins_again_goes_on_in_the_middle_of_a_run(
     events: NatsLink, nats_config: NatsConfig, endpoint: Endpoint, until: Until, stop: str
 ) -> None:
-    """At most the message that was in hand is sent twice; held ends are not forgotten."""
+    """After a kill what was sent since the last note is sent again; held ends are not forgotten."""
     story = one_run()
     whole = mapped(story.events)
     cut = 8  # orders has been built, and waits for its lineage
@@ -306,7 +309,8 @@ async def test_whoever_begins_again_goes_on_in_the_middle_of_a_run(
     async with running(sender(events, http_sink(endpoint), worker="w2")):
         await until(lambda: kinds(endpoint.received)[-1:] == ["COMPLETE shop.prod.build"])
     assert once(endpoint.received) == whole
-    assert len(endpoint.received) <= len(whole) + 1
+    twice = len(mapped(story.events[:cut])) if stop == "SIGKILL" else 0
+    assert len(endpoint.received) <= len(whole) + twice
 
 
 def once(messages: list[Json]) -> list[Json]:
@@ -440,11 +444,49 @@ async def test_a_consumer_that_was_deleted_is_made_again_where_it_was(
     async with running(sender(events, http_sink(endpoint))) as sending:
         await store(events, *story.events[:6])
         await until(lambda: len(endpoint.received) == 4)
-    await events.js.delete_consumer(EVENTS_STREAM, sending.feed.consumer)
-    await store(events, *story.events[6:])
-    async with running(sender(events, http_sink(endpoint))):
+        (consumer,) = await events.js.consumers_info(EVENTS_STREAM)
+        await events.js.delete_consumer(EVENTS_STREAM, consumer.name)
+        await store(events, *story.events[6:])
         await until(lambda: kinds(endpoint.received)[-1:] == ["COMPLETE shop.prod.build"])
-    assert once(endpoint.received) == mapped(story.events)
+        assert sending.feed.aged_out == 0
+    assert endpoint.received == mapped(story.events)
+
+
+async def test_the_place_is_noted_on_the_way(
+    events: NatsLink, endpoint: Endpoint, until: Until
+) -> None:
+    """So that a kill costs no more than to send what came since."""
+    story = RunStory().begin()
+    for number in range(NOTE_EVERY):
+        story.build(f"model.shop.m{number}")
+    leases = Bucket(events, LEASES_BUCKET, retry_for_s=0)
+    async with running(sender(events, http_sink(endpoint), lead_ttl_s=600)) as sending:
+        await store(events, *story.events)
+        await until(lambda: sending.stats.received == len(story.events))
+        value = await leases.read("position.openlineage-http")
+        assert value is not None
+        assert value.data is not None
+        place = msgspec.json.decode(value.data, type=Place)
+    assert place.stream_seq == len(story.events) // NOTE_EVERY * NOTE_EVERY
+
+
+async def test_what_ages_out_behind_a_slow_endpoint_is_counted(
+    events: NatsLink, endpoint: Endpoint, until: Until
+) -> None:
+    """What had been fetched is not lost by that."""
+    endpoint.gate.clear()
+    more = 10
+    async with running(sender(events, http_sink(endpoint, timeout_s=30.0))) as sending:
+        for story in (RunStory(f"0195512b-9a00-7000-8000-{n:012}") for n in range(133)):
+            await store(events, *story.begin().events)
+        stream = await events.js.stream_info(EVENTS_STREAM)
+        assert stream.state.last_seq == DEFAULT_PREFETCH + more
+        stream.config.max_msgs = 1
+        await events.js.update_stream(stream.config)
+        await sending.feed.note()
+        assert sending.feed.aged_out == more - 1
+        endpoint.gate.set()
+        await until(lambda: sending.stats.received == DEFAULT_PREFETCH + 1)
 
 
 async def test_a_stream_that_was_made_anew_is_read_from_its_beginning(

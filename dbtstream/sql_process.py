@@ -41,6 +41,9 @@ START_S = 30.0
 """To import sqlglot: 0.2 s of CPU, but dbt and the daemon come first."""
 
 MAX_BACK_OFF_S = 60.0
+TOO_SLOW_S = 3600.0
+"""SQL that took too long is not read again for so long: it would cost each run its time limit."""
+MAX_TOO_SLOW = 1000
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 TAIL_BYTES = 4096
 PASS_ENV = ("PATH", "LANG", "LC_", "TZ", "TMPDIR", "PYTHON", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
@@ -87,6 +90,8 @@ class SqlReader:
         self._idle_s, self._start_s = idle_s, start_s
         self._command = (*command, str(memory_bytes))
         self._answers = _Answers(cache_bytes)
+        self._too_slow: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        """By key: the time limit that was not enough, and until when that is remembered."""
         self._turn = asyncio.Lock()
         self._process: _Process | None = None
         self._idle: asyncio.TimerHandle | None = None
@@ -143,6 +148,7 @@ class SqlReader:
             if (known := self._answers.get(key)) is not None:  # asked by the one before us
                 self.stats.hits += 1
                 return known
+            self._refuse_if_too_slow(key, timeout_s)
             process = await self._ready()
             try:
                 async with asyncio.timeout(timeout_s):
@@ -151,6 +157,7 @@ class SqlReader:
             except BaseException as error:
                 await self._lose(process)
                 if isinstance(error, TimeoutError):
+                    self._remember_as_too_slow(key, timeout_s)
                     raise _NoAnswer(f"took longer than {timeout_s:g} s") from None
                 if isinstance(error, msgspec.DecodeError):
                     raise _NoAnswer(f"the SQL reader's answer makes no sense: {error}") from None
@@ -159,6 +166,17 @@ class SqlReader:
             if answer.status in _KEPT:
                 self._answers.keep(key, frame)
             return answer
+
+    def _remember_as_too_slow(self, key: str, timeout_s: float) -> None:
+        until = asyncio.get_running_loop().time() + TOO_SLOW_S
+        self._too_slow[key] = (timeout_s, until)
+        if len(self._too_slow) > MAX_TOO_SLOW:
+            self._too_slow.popitem(last=False)
+
+    def _refuse_if_too_slow(self, key: str, timeout_s: float) -> None:
+        tried_s, until = self._too_slow.get(key, (0.0, 0.0))
+        if timeout_s <= tried_s and asyncio.get_running_loop().time() < until:
+            raise _NoAnswer(f"took longer than {tried_s:g} s when it was last read")
 
     async def _ready(self) -> "_Process":
         """The process, begun now if there is none."""

@@ -111,6 +111,23 @@ async def test_too_long_costs_the_process_and_one_answer() -> None:
         assert (reader.stats.failed, reader.stats.restarts) == (1, 1)
 
 
+async def test_sql_that_took_too_long_costs_its_time_limit_once() -> None:
+    """A longer limit is worth another try."""
+    async with SqlReader() as reader:
+        await reader.read(SLOW, 0.2)
+        process = reader.pid
+        await reader.read(asking("select 1 as a"), TIMEOUT_S)
+
+        again = await reader.read(SLOW, 0.2)
+        longer = await reader.read(SLOW, 0.3)
+
+        assert again.status is ColumnLineageStatus.ERROR
+        assert again.message == "took longer than 0.2 s when it was last read"
+        assert longer.message == "took longer than 0.3 s"
+        assert process is None
+        assert (reader.stats.failed, reader.stats.restarts) == (3, 1)
+
+
 async def test_a_process_killed_in_flight_is_an_error_that_names_the_signal() -> None:
     async with SqlReader() as reader:
         await reader.read(ORDERS, TIMEOUT_S)

@@ -367,6 +367,7 @@ class ChildStats(msgspec.Struct, frozen=True, kw_only=True):
     callback_errors: int = 0
     callback_error: str | None = None  # the first one, with its traceback
     callback_s: float | None = None  # CPU time; only when measuring was asked for
+    writer_s: float = 0.0  # CPU time of the thread that makes and writes frames
     scrubbed: int = 0  # strings in which a secret was replaced
     max_rss_bytes: int | None = None
     cpu_s: float | None = None

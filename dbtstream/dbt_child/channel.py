@@ -124,6 +124,7 @@ class Channel:
                 yield from self._told()
                 frame["stats"]["frames"] = self._number + 1
                 frame["stats"]["scrubbed"] = self.scrubber.scrubbed
+                frame["stats"]["writer_s"] = time.thread_time()
             field = LISTS.get(frame["t"])
             if field is None:
                 clean = self.scrubber.frame(frame)

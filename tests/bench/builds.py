@@ -14,7 +14,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -106,9 +106,23 @@ class Builds:
     async def plain(self) -> Build:
         return await self._command(self._workspace(), BUILD)
 
-    async def observed(self, *, measure: bool = False) -> Build:
+    async def observed(
+        self,
+        *,
+        measure: bool = False,
+        lineage: bool = False,
+        selectors: Mapping[str, str] | None = None,
+    ) -> Build:
+        """With `lineage` the child tells the whole manifest and all compiled SQL, too."""
         workspace = self._workspace()
-        start = Start(args=BUILD, project_dir=str(self.folder), measure=measure)
+        start = Start(
+            args=BUILD,
+            project_dir=str(self.folder),
+            measure=measure,
+            graph=lineage,
+            compiled_code=lineage,
+            selectors=dict(selectors or {}),
+        )
         child = await DbtProcess.start(
             self._project.python, start, environment=workspace.environment
         )

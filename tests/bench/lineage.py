@@ -7,8 +7,12 @@ all models read; so has the first one after each start of the daemon, whose memo
 CPU of the daemon per node, with and without; of the process that reads SQL; and of dbt's process,
 beside the second build without against the first one (the noise).
 
+What it costs dbt drowns in that noise, so it is also taken from where it is spent: the CPU time of
+the child's writer thread and of its callbacks, in builds of the child alone, with and without. All
+of what the child does for lineage is done in these two.
+
 Disturbed by: whatever runs beside it. dbt's process shares two cores with everything else here, so
-a ratio says no more than the noise beside it does.
+a ratio of whole processes says no more than the noise beside it does.
 """
 
 import msgspec
@@ -42,6 +46,7 @@ async def measure(options: Options) -> list[Figure]:
                         await _openlineage_stream(served)
                     for _ in range(2):
                         await rounds.add(name, builds, served)
+                await rounds.add_child(name, builds)
             say(f"round {number + 1}: {rounds.last()}")
     return rounds.figures()
 
@@ -70,6 +75,12 @@ class _Rounds:
         self._dbt: dict[str, list[Build]] = {ON: [], OFF: []}
         self._daemon_s: dict[str, list[float]] = {ON: [], OFF: []}
         self._reader_s: list[float] = []
+        self._child: dict[str, list[Build]] = {ON: [], OFF: []}
+
+    async def add_child(self, name: str, builds: Builds) -> None:
+        on = name == ON
+        build = await builds.observed(measure=True, lineage=on, selectors=SELECTORS if on else None)
+        self._child[name].append(build)
 
     async def add(self, name: str, builds: Builds, served: Served) -> None:
         builds.forget_database()
@@ -113,12 +124,20 @@ class _Rounds:
                 values=self._per_node(self._reader_s),
             ),
             Figure(
+                name="CPU of the child's own code for it, of dbt's process",
+                unit="%",
+                values=[
+                    100 * (_own_s(a) - _own_s(b)) / b.cpu_s
+                    for a, b in zip(self._child[ON], self._child[OFF], strict=True)
+                ],
+                goal=Goal("<", 1),
+            ),
+            Figure(
                 name="CPU of dbt's process",
                 unit="s",
                 values=[sum(pair) / 2 for pair in dbt[ON]],
                 against="without",
                 baseline=[sum(pair) / 2 for pair in dbt[OFF]],
-                goal=Goal("<", 1.01, of="ratio"),
             ),
             Figure(
                 name="CPU of dbt's process without (the noise)",
@@ -131,6 +150,10 @@ class _Rounds:
 
     def _per_node(self, seconds: list[float]) -> list[float]:
         return [1000 * s / self._models for s in seconds]
+
+
+def _own_s(build: Build) -> float:
+    return (build.stats.callback_s or 0.0) + build.stats.writer_s
 
 
 def _pairs(values: list[float]) -> list[tuple[float, float]]:

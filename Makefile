@@ -12,12 +12,13 @@ DBT_VERSIONS := $(patsubst tests/dbt-versions/%.txt,%,$(wildcard tests/dbt-versi
 # Every dbt that is started from here, and stays quiet about it.
 export DBT_SEND_ANONYMOUS_USAGE_STATS := 0
 
-.PHONY: demo test lint schemas node-packages test-dbt-versions test-faults bench constraints clean
+.PHONY: demo test lint schemas node-packages receivers
+.PHONY: test-dbt-versions test-faults bench constraints clean
 
 demo: $(VENV)/.installed  ## A sample project, from request to events.
 	$(BIN)/dbtstream demo
 
-test: lint node-packages  ## What CI runs.
+test: lint node-packages receivers  ## What CI runs.
 	$(BIN)/python -m pytest --ignore=tests/bench
 
 lint: $(VENV)/.installed-dev
@@ -29,6 +30,8 @@ schemas: $(VENV)/.installed-dev  ## Write schemas/ anew; read the difference bef
 	$(BIN)/dbtstream schema --output schemas
 
 node-packages: $(NODE_PACKAGES)  ## For the tests that read schemas/ and the examples with Node.
+
+receivers: .venvs/ddapm/.installed  ## A receiver of OTLP that is not ours, in an environment of its own.
 
 test-dbt-versions: $(DBT_VERSIONS:%=test-dbt-%)  ## The child on every dbt that we support.
 
@@ -74,6 +77,11 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 .PRECIOUS: .venvs/%/.installed
 .venvs/%/.installed: tests/dbt-versions/%.txt
+	$(PYTHON) -m venv .venvs/$*
+	.venvs/$*/bin/python $(PIP_INSTALL) -r $<
+	@touch $@
+
+.venvs/%/.installed: tests/receivers/%.txt
 	$(PYTHON) -m venv .venvs/$*
 	.venvs/$*/bin/python $(PIP_INSTALL) -r $<
 	@touch $@

@@ -9,7 +9,7 @@ for (streams, duplicates, buckets) is in `x-` extensions, from `asyncapi_facts`.
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -90,6 +90,8 @@ def _channels(kinds: Kinds) -> Document:
     }
     for verb, (what, _) in facts.VERBS.items():
         channels[verb] = _channel(f"{subjects.CONTROL}.{verb}", what, [f"request.{verb}"])
+    for name, (subject, what, _) in facts.BROADCASTS.items():
+        channels[name] = _channel(subject, what, [f"request.{name}"])
     replies = [name for name in kinds if name.startswith("reply.")]
     channels["replies"] = _channel(None, facts.REPLIES_CHANNEL, replies)
     return channels
@@ -124,14 +126,19 @@ def _operations() -> Document:
         "keepDeadRequest": _operation("send", "dead", "Keep what could not run."),
     }
     for verb, (what, replies) in facts.VERBS.items():
-        operations[verb] = _operation("receive", verb, what) | {
-            "bindings": {"nats": {"queue": facts.CONTROL_QUEUE, "bindingVersion": "0.1.0"}},
-            "reply": {
-                "channel": _ref("channels", "replies"),
-                "messages": [_ref("channels/replies/messages", name) for name in replies],
-            },
-        }
+        queue = {"nats": {"queue": facts.CONTROL_QUEUE, "bindingVersion": "0.1.0"}}
+        answered = {"bindings": queue, "reply": _reply(replies)}
+        operations[verb] = _operation("receive", verb, what) | answered
+    for name, (_, what, replies) in facts.BROADCASTS.items():
+        operations[name] = _operation("receive", name, what) | {"reply": _reply(replies)}
     return operations
+
+
+def _reply(names: Iterable[str]) -> Document:
+    return {
+        "channel": _ref("channels", "replies"),
+        "messages": [_ref("channels/replies/messages", name) for name in names],
+    }
 
 
 def _operation(action: str, channel: str, summary: str) -> Document:

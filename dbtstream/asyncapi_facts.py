@@ -136,6 +136,7 @@ REQUEST_HEADERS = {
     "Nats-Msg-Id": "Stands in for request_id: the same one gives the same run.",
     "traceparent": "Puts the run into the trace of its cause.",
     "tracestate": "Goes with traceparent.",
+    "baggage": "W3C. The keys that the daemon's config names become attributes of the run.",
 }
 
 _DAY_S = 86_400
@@ -199,6 +200,15 @@ VERBS = {
     "get": ("What is known of one run.", ("reply.run_view", "reply.error")),
     "list": ("Runs, newest first, and how many wait.", ("reply.run_list", "reply.error")),
 }
+
+BROADCASTS = {
+    "worker_status": (
+        subjects.CONTROL_STATUS,
+        "How each worker is, and what it does. All of them answer, so read more than one reply.",
+        ("reply.worker_status",),
+    ),
+}
+"""By the name of the request; answered by every worker, not by one of them."""
 
 
 def tail(event_type: str) -> str:

@@ -2,6 +2,7 @@
 
 `execution` says what happened; this puts the events that come of it into the outbox, never
 waiting, the ends of nodes into their KV states too, and what was dropped into `gap` events.
+Each event is told to the observers of the run, once.
 """
 
 import logging
@@ -11,6 +12,7 @@ from datetime import UTC, datetime
 from dbtstream.endings import Ending
 from dbtstream.events import AnyEvent, NodeFinished, RunFinished, encode_event
 from dbtstream.normalizer import Normalizer
+from dbtstream.observers import AttemptObserver
 from dbtstream.outbox import Outbox, Record
 from dbtstream.store import NodeStates
 from dbtstream.subjects import event_headers, event_subject
@@ -26,6 +28,7 @@ class AttemptEvents:
         normalizer: Normalizer,
         outbox: Outbox,
         node_states: NodeStates,
+        observer: AttemptObserver,
         *,
         content_type: str,
         tracestate: str,
@@ -34,6 +37,7 @@ class AttemptEvents:
         self.ended = False
         self._normalizer, self._outbox, self._node_states = normalizer, outbox, node_states
         self._content_type, self._tracestate = content_type, tracestate
+        self._observer = observer
 
     def emit(self, events: Iterable[AnyEvent]) -> None:
         """Into the outbox, never waiting. What it had no room for is told in a gap."""
@@ -112,6 +116,7 @@ class AttemptEvents:
                 payload=encode_event(event, self._content_type),
             )
         )
+        self._observer.take(event)
 
 
 def _now() -> datetime:

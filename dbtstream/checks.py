@@ -20,6 +20,7 @@ from dbtstream.nats_link import NatsLink
 from dbtstream.project_python import PRINT_ANSWER, NoAnswer, ask_python
 from dbtstream.streams import check_streams
 from dbtstream.subjects import CONTROL
+from dbtstream.telemetry import INSTALL, is_installed
 from dbtstream.workspace import child_environment
 
 CONNECT_S = 5.0
@@ -99,6 +100,8 @@ async def run_checks(config: Config) -> AsyncIterator[Check]:
     """Everything after the config itself, which is there. Does not raise."""
     async for check in check_nats(config):
         yield check
+    if config.telemetry.otlp is not None:
+        yield check_telemetry()
     if not config.projects:
         yield Check(
             subject="projects",
@@ -109,6 +112,18 @@ async def run_checks(config: Config) -> AsyncIterator[Check]:
     for name, project in config.projects.items():
         async for check in check_project(config, name, project):
             yield check
+
+
+def check_telemetry() -> Check:
+    """Whether what [telemetry.otlp] asks for can be done."""
+    if is_installed():
+        return Check(subject="telemetry", ok=True, found="OpenTelemetry's SDK is installed")
+    return Check(
+        subject="telemetry",
+        ok=False,
+        found="[telemetry.otlp] needs OpenTelemetry's SDK, which is not installed",
+        mend=INSTALL,
+    )
 
 
 async def check_nats(config: Config) -> AsyncIterator[Check]:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from dbtstream.config import Config
 from dbtstream.duckdb_file import duckdb_file
 from dbtstream.errors import NatsError, RequestRejected
+from dbtstream.events import TraceBlock
 from dbtstream.execution import Claim, Services
 from dbtstream.job import Job
 from dbtstream.messages import OnLost, RunView
@@ -135,7 +136,7 @@ class Claims:
         """A run that had begun, here or elsewhere: ended now, or ready for its next attempt."""
         if claim.view.status.is_terminal:
             return None
-        closed = await self._close(claim, job.on_lost, job.dbt.command)
+        closed = await self._close(claim, job.on_lost, job.dbt.command, job.trace)
         view, revision = closed.state
         if closed.verdict is not None:
             if closed.decision is OnLost.FAIL and job.on_lost is not OnLost.FAIL:
@@ -153,7 +154,9 @@ class Claims:
             resume=closed.decision is OnLost.RESUME,
         )
 
-    async def _close(self, claim: Claim, on_lost: OnLost, command: str) -> Closed:
+    async def _close(
+        self, claim: Claim, on_lost: OnLost, command: str, trace: TraceBlock | None = None
+    ) -> Closed:
         """Make the run ours by its state, then end what the other worker left open."""
         cause = HANDED_OVER if claim.view.worker is None else WORKER_LOST
         view = taken_over(
@@ -163,7 +166,7 @@ class Claims:
             at=datetime.now(UTC),
         )
         revision = await self._services.store.update_run(view, claim.revision)
-        policy = Policy(on_lost, command, cause, self._config.worker.max_attempts)
+        policy = Policy(on_lost, command, cause, self._config.worker.max_attempts, trace)
         closed = await close_attempt(self._services, view, revision, claim.fence, policy)
         self.taken_over += bool(closed.events)
         return closed

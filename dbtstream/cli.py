@@ -16,6 +16,7 @@ from dbtstream import __version__
 from dbtstream.cli_dead import dead
 from dbtstream.cli_lineage import lineage
 from dbtstream.cli_settings import Settings, run_to_end
+from dbtstream.cli_top import top
 from dbtstream.cli_words import begin_of, pairs, project_and_args, state_from, variables
 from dbtstream.errors import ConfigError, DbtstreamError, RequestRejected
 
@@ -383,6 +384,7 @@ def demo(keep: bool, port: int | None, as_json: bool, plain: bool) -> int:
 
 cli.add_command(dead)
 cli.add_command(lineage)
+cli.add_command(top)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ Errors are those of `errors`, and the two below. It never starts dbt.
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -27,7 +27,8 @@ from dbtstream.config import NatsConfig
 from dbtstream.dead_letters import DeadLetters
 from dbtstream.errors import NatsError, NatsRefused, NatsUnavailable, RequestRejected, RunNotFound
 from dbtstream.event_stream import DEFAULT_PREFETCH, EventStream
-from dbtstream.events import RunFinished, RunRejected
+from dbtstream.events import AnyEvent, RunFinished, RunRejected
+from dbtstream.live_events import LiveEvents
 from dbtstream.messages import (
     MAX_REQUEST_BYTES,
     CancelAccepted,
@@ -44,12 +45,14 @@ from dbtstream.messages import (
     RunView,
     StateFrom,
     SubmitRequest,
+    WorkerStatus,
+    WorkerStatusRequest,
 )
 from dbtstream.nats_link import NatsLink, NobodyListens, backoff_s
 from dbtstream.selection import Selection, Start, Words
 from dbtstream.statuses import TERMINAL_RUN_STATUSES
 from dbtstream.store import Store
-from dbtstream.subjects import CONTROL, is_run_id
+from dbtstream.subjects import CONTROL, CONTROL_STATUS, is_run_id
 
 if TYPE_CHECKING:
     from dbtstream.lineage_graph import Graph
@@ -64,6 +67,10 @@ CLOCK_SKEW = timedelta(minutes=5)
 
 LAST_EVENT_S = 30.0
 """The state of a run may say that it ended so long before its last event is stored."""
+
+FIRST_STATUS_S = 2.0
+MORE_STATUS_S = 0.4
+"""What workers may take to say how they are: the first of them, and each after another."""
 
 _ENDINGS = {*map(str, TERMINAL_RUN_STATUSES), "rejected"}
 
@@ -197,6 +204,27 @@ class Client:
         """Runs, newest first; `active` for those that have not ended."""
         request = ListRequest(project=project, target=target, active=active, limit=limit)
         return await self._ask("list", messages.encode(request), RunList)
+
+    async def workers(self) -> Sequence[WorkerStatus]:
+        """How every worker is, by its name; of those that answer within a second or so.
+
+        Raises NatsUnavailable, NatsRefused. Workers of a version that knows no such question do
+        not answer it; none may.
+        """
+        await self._link.wait_connected(FIRST_STATUS_S)
+        try:
+            answers = await self._link.ask_all(
+                CONTROL_STATUS,
+                messages.encode(WorkerStatusRequest()),
+                timeout_s=FIRST_STATUS_S,
+                quiet_s=MORE_STATUS_S,
+            )
+        except NobodyListens:
+            return []
+        found = [
+            self._read_reply(CONTROL_STATUS, answer.data, WorkerStatus, "") for answer in answers
+        ]
+        return sorted(found, key=lambda status: status.worker)
 
     async def _ask(
         self,
@@ -342,6 +370,24 @@ class Client:
         return EventStream(
             self._link, selection, start, run_id=run_id, follow=follow, prefetch=prefetch
         )
+
+    def live(
+        self, take: Callable[[AnyEvent], None], *, project: Words = None, target: Words = None
+    ) -> LiveEvents:
+        """`async with client.live(take)`: runs' and nodes' events from now on, each once, as the
+        server passes them on. What comes while NATS is away is not repeated: use `events` for
+        what must not be missed."""
+        return LiveEvents(self._link, take, project=project, target=target)
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection now. If there is none, one is being made."""
+        return self._link.connected
+
+    @property
+    def servers(self) -> Sequence[str]:
+        """The configured URLs, without user and password."""
+        return self._link.servers
 
     async def lineage(self, project: str, target: str | None = None) -> "Graph":
         """The current graph of a project and target, also while nothing runs; no daemon need be

@@ -63,6 +63,13 @@ DEFAULT_PASS_ENV = (
 )
 """The variables of the daemon that a dbt process gets besides those of its project."""
 
+RESOURCE_KEYS = {
+    "service.name": "service_name",
+    "service.namespace": "service_namespace",
+    "deployment.environment.name": "environment",
+}
+"""Attributes of the resource that have a key of their own."""
+
 NEVER_PASS_ENV = ("DBTSTREAM_", "NATS_", "OTEL_")
 """Not even `pass_env = ["*"]` hands these to dbt: they are the daemon's own."""
 
@@ -170,6 +177,41 @@ class OpenLineageConfig(Section, frozen=True, kw_only=True):
     timeout_s: float = 10.0  # of one message, from connecting to its answer
 
 
+class OtlpConfig(Section, frozen=True, kw_only=True):
+    """Where OTLP goes, over HTTP. What is not set here is taken from OTEL_EXPORTER_OTLP_*."""
+
+    endpoint: str = ""  # such as "http://127.0.0.1:4318"; each signal has its own path below it
+    headers: dict[str, str] = {}
+    secret_headers: dict[str, SecretRef] = {}  # such as { "api-key" = { env = "KEY" } }
+    tls_ca_file: str | None = None
+    timeout_s: float = 3.0  # of one export
+    traces: bool = True
+    metrics: bool = True
+    logs: bool = False  # dbt's own log lines, from the project's log_level on
+    metrics_interval_s: float = 30.0
+    temporality: Literal["cumulative", "delta"] = "cumulative"  # Datadog wants delta
+
+
+class TelemetryConfig(Section, frozen=True, kw_only=True):
+    """What is told to OpenTelemetry, and as whom."""
+
+    service_name: str = "dbtstream"
+    service_namespace: str = ""
+    environment: str = ""  # deployment.environment.name
+    resource: dict[str, str] = {}  # more attributes of the resource
+    trace_context: Literal["parent", "link", "ignore"] = "parent"  # of a request's traceparent
+    baggage: tuple[str, ...] = ()  # keys of a request's baggage that become attributes of its run
+    span_names: Literal["node", "type"] = "node"  # "model orders", or just "model"
+    query_spans: bool = False  # a span for each query, where the project has `queries`
+    node_metrics: bool = False  # the few metrics with a node's name in them
+    datadog: bool = False  # operation.name, resource.name, span.type on spans
+    otlp: OtlpConfig | None = None  # off without its table
+
+
+class HttpConfig(Section, frozen=True, kw_only=True):
+    listen: str = "127.0.0.1:9464"  # /livez, /readyz, /metrics; "" for none
+
+
 class AssetsConfig(Section, frozen=True, kw_only=True):
     """How the datasets of a project are named and told. `meta.dbtstream` of a node wins."""
 
@@ -223,6 +265,8 @@ class Config(Section, frozen=True, kw_only=True):
     worker: WorkerConfig = WorkerConfig()
     log: LogConfig = LogConfig()
     openlineage: OpenLineageConfig | None = None  # off without its table
+    telemetry: TelemetryConfig = TelemetryConfig()
+    http: HttpConfig = HttpConfig()
     limits: dict[str, int] = {}  # dbt processes at one time, over all workers, by name
     projects: dict[str, ProjectConfig] = {}
     source: str = "defaults"  # where it came from, for messages; not a key of the file
@@ -292,6 +336,8 @@ def _convert(tables: dict[str, Any], source: str) -> Config:
         "worker": WorkerConfig,
         "log": LogConfig,
         "openlineage": OpenLineageConfig,
+        "telemetry": TelemetryConfig,
+        "http": HttpConfig,
     }
     for key, value in tables.items():
         if key in kinds:
@@ -396,6 +442,8 @@ def _check(config: Config, base: Path) -> Config:
             )
     if config.openlineage is not None:
         _check_openlineage(source, config.openlineage)
+    _check_telemetry(source, config.telemetry)
+    _check_http(source, config.http)
     if not config.nats.servers:
         raise ConfigError(source, "nats.servers", "is empty", 'such as ["nats://host:4222"]')
     projects = {
@@ -407,6 +455,7 @@ def _check(config: Config, base: Path) -> Config:
         config,
         nats=_with_paths(config.nats, base),
         openlineage=_with_openlineage_paths(config.openlineage, base),
+        telemetry=_with_telemetry_paths(config.telemetry, base),
         projects=projects,
         worker=msgspec.structs.replace(worker, state_dir=state_dir),
     )
@@ -436,18 +485,107 @@ def _check_openlineage(source: str, section: OpenLineageConfig) -> None:
             if getattr(section, key):
                 refuse(key, "is for an HTTP endpoint, and there is no url")
         return
-    try:
-        parts = urlsplit(section.url)
-        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        known = False
-    if not known:
+    if not _is_http_url(section.url):
         refuse("url", f"{section.url!r} is no address", 'such as "http://marquez:5000"')
+    parts = urlsplit(section.url)
     if parts.query or parts.fragment or parts.username:
         refuse("url", "has more than scheme, host, port and path", "a token goes into api_key")
     for name, value in section.headers.items():
-        if not HEADER_NAME.fullmatch(name) or not value.isascii() or not value.isprintable():
+        if not _is_header(name, value):
             refuse(f"headers.{name}", "is no HTTP header")
+
+
+def _is_http_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.scheme in ("http", "https") and parts.hostname and parts.port != 0)
+    except ValueError:
+        return False
+
+
+def _is_header(name: str, value: str = "") -> bool:
+    return bool(HEADER_NAME.fullmatch(name)) and value.isascii() and (value + " ").isprintable()
+
+
+def _check_telemetry(source: str, section: TelemetryConfig) -> None:
+    def refuse(key: str, problem: str, hint: str = "") -> NoReturn:
+        raise ConfigError(source, f"telemetry.{key}", problem, hint)
+
+    if not section.service_name.strip():
+        refuse("service_name", "is empty", 'such as "dbtstream"')
+    for name, value in section.resource.items():
+        if (key := RESOURCE_KEYS.get(name)) is not None:
+            refuse(f"resource.{name}", "has a key of its own", f"telemetry.{key}")
+        if not name.strip() or not name.isprintable() or not value:
+            refuse(f"resource.{name}", "is no attribute: it needs a name and a value")
+    for key in section.baggage:
+        if not HEADER_NAME.fullmatch(key):
+            refuse("baggage", f"{key!r} cannot be a key of baggage")
+    if section.otlp is not None:
+        _check_otlp(source, section.otlp)
+
+
+def _check_otlp(source: str, section: OtlpConfig) -> None:
+    _check_durations(source, "telemetry.otlp", section)
+
+    def refuse(key: str, problem: str, hint: str = "") -> NoReturn:
+        raise ConfigError(source, f"telemetry.otlp.{key}", problem, hint)
+
+    if not (section.traces or section.metrics or section.logs):
+        refuse("traces", "is off, and so are metrics and logs", "leave out the table")
+    if section.endpoint:
+        if not _is_http_url(section.endpoint):
+            refuse(
+                "endpoint", f"{section.endpoint!r} is no address", 'such as "http://127.0.0.1:4318"'
+            )
+        parts = urlsplit(section.endpoint)
+        if parts.query or parts.fragment or parts.username:
+            refuse("endpoint", "has more than scheme, host, port and path", "see secret_headers")
+        if parts.path.rstrip("/").endswith(("/v1/traces", "/v1/metrics", "/v1/logs")):
+            refuse("endpoint", "is that of one signal", "each adds its own /v1/… to it")
+    for name, value in section.headers.items():
+        if not _is_header(name, value):
+            refuse(f"headers.{name}", "is no HTTP header")
+    for name in section.secret_headers:
+        if not _is_header(name):
+            refuse(f"secret_headers.{name}", "is no HTTP header")
+        if name.lower() in map(str.lower, section.headers):
+            refuse(f"secret_headers.{name}", "is also in headers; keep one")
+
+
+def _check_http(source: str, section: HttpConfig) -> None:
+    if not section.listen:
+        return
+    try:
+        split_listen(section.listen)
+    except ValueError:
+        raise ConfigError(
+            source,
+            "http.listen",
+            f"{section.listen!r} is no address to listen on",
+            'such as "127.0.0.1:9464", "[::1]:9464" or "0.0.0.0:9464"; "" for none',
+        ) from None
+
+
+def split_listen(listen: str) -> tuple[str, int]:
+    """`host:port` or `[address]:port`. Raises ValueError."""
+    parts = urlsplit(f"//{listen}")
+    if parts.hostname is None or parts.port is None or parts.netloc != listen or parts.username:
+        raise ValueError(listen)
+    return parts.hostname, parts.port
+
+
+def _with_telemetry_paths(section: TelemetryConfig, base: Path) -> TelemetryConfig:
+    if section.otlp is None:
+        return section
+    ca_file = section.otlp.tls_ca_file
+    refs = section.otlp.secret_headers.items()
+    otlp = msgspec.structs.replace(
+        section.otlp,
+        tls_ca_file=None if ca_file is None else _absolute(base, ca_file),
+        secret_headers={name: _with_path(ref, base) for name, ref in refs},
+    )
+    return msgspec.structs.replace(section, otlp=otlp)
 
 
 def _with_openlineage_paths(

@@ -2,8 +2,9 @@
 
 Any worker answers (queue group); `nats micro ls` finds it. Payloads are `messages`. A cancel
 reaches the worker that runs the run by a broadcast that only that worker answers, so a
-caller needs to know no worker's name. Handlers of one endpoint run one after another
-(nats-py), so none of them waits long.
+caller needs to know no worker's name. Another broadcast, `dbt.control.worker.status`, is
+answered by all of them. Handlers of one endpoint run one after another (nats-py), so none of
+them waits long.
 """
 
 import asyncio
@@ -39,6 +40,7 @@ from dbtstream.messages import (
     RunList,
     RunRejected,
     RunView,
+    WorkerStatusRequest,
     decode_reply,
     decode_submit,
     encode,
@@ -47,18 +49,25 @@ from dbtstream.nats_link import NatsLink
 from dbtstream.recovery import finish_waiting
 from dbtstream.statuses import RunStatus
 from dbtstream.store import RevisionConflict
+from dbtstream.stored_message import (
+    StoredMessage,
+    delete_stored,
+    next_stored,
+    stored_message,
+)
 from dbtstream.subjects import (
     CONTROL,
     CONTROL_CANCEL,
+    CONTROL_STATUS,
     H_MSG_ID,
     H_RUN_ID,
-    H_TRACEPARENT,
-    H_TRACESTATE,
     RUNS,
     RUNS_STREAM,
     new_run_id,
     runs_subject,
+    trace_headers,
 )
+from dbtstream.trace import trace_block
 from dbtstream.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -135,6 +144,7 @@ class Control:
                     )
                 )
             await self._link.client.subscribe(CONTROL_CANCEL, cb=self._cancel_here)
+            await self._link.client.subscribe(CONTROL_STATUS, cb=self._status_here)
             # A round trip behind the subscriptions: from here on they are the server's, too
             # (nats-py's own flush may overtake what it has buffered).
             await self._link.js.stream_info(RUNS_STREAM)
@@ -182,9 +192,7 @@ class Control:
                     run_id=first, project=submit.project, target=target, duplicate=True
                 )
             run_id = first  # remembered, but its request may never have been stored
-        outgoing = {
-            name: headers[name] for name in (H_TRACEPARENT, H_TRACESTATE) if name in headers
-        }
+        outgoing = trace_headers(headers)
         # JetStream looks for a message id in the whole stream, we for a request id in a target.
         msg_id = f"{submit.project}.{target}.{request_id}" if request_id else run_id
         outgoing |= {H_MSG_ID: msg_id, H_RUN_ID: run_id}
@@ -221,9 +229,14 @@ class Control:
         if view.status.is_terminal:
             return CancelAccepted(run_id=view.run_id, status=view.status)
         waits = view.status is RunStatus.QUEUED and (view.attempt == 0 or view.worker is None)
-        if waits and await self._take_from_queue(view):
+        if waits and (request := await self._take_from_queue(view)):
             await finish_waiting(
-                self._services, view, revision, by=cancel.by or "control", reason=cancel.reason
+                self._services,
+                view,
+                revision,
+                by=cancel.by or "control",
+                reason=cancel.reason,
+                trace=trace_block(request.headers, self._config.telemetry.baggage),
             )
             return CancelAccepted(run_id=view.run_id, status=RunStatus.QUEUED)
         try:
@@ -251,6 +264,17 @@ class Control:
                 encode(CancelAccepted(run_id=cancel.run_id, status=execution.view.status))
             )
 
+    async def _status_here(self, message: Msg) -> None:
+        """The other broadcast: answered by every worker."""
+        if message.subject != CONTROL_STATUS or not _is_inbox(message.reply):
+            return
+        reply: Reply = self._worker.status(datetime.now(UTC))
+        try:
+            msgspec.json.decode(message.data or b"{}", type=WorkerStatusRequest)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            reply = ControlError(code="bad_message", message=str(error))
+        await message.respond(encode(reply))
+
     async def _get(self, data: bytes, _: dict[str, str]) -> Reply:
         get = msgspec.json.decode(data, type=GetRequest)
         stored = await self._store.get_run(get.run_id)
@@ -264,7 +288,12 @@ class Control:
             active=wanted.active,
             limit=max(1, min(wanted.limit, MAX_LIST)),
         )
-        return RunList(runs=runs, waiting=await self._all_waiting())
+        waiting = await self._all_waiting()
+        return RunList(
+            runs=runs,
+            waiting={place: count for place, (count, _) in waiting.items()},
+            waiting_since={place: since for place, (_, since) in waiting.items() if since},
+        )
 
     def _default_target(self, project: str) -> str:
         if (known := self._config.projects.get(project)) is None:
@@ -309,29 +338,33 @@ class Control:
             info = await self._link.js.stream_info(RUNS_STREAM, subjects_filter=subject)
         return (info.state.subjects or {}).get(subject, 0)
 
-    async def _all_waiting(self) -> dict[str, int]:
-        """Requests that no worker has been handed yet."""
+    async def _all_waiting(self) -> dict[str, tuple[int, datetime | None]]:
+        """By `<project>.<target>`: how many requests no worker has been handed yet, and when the
+        first of them was stored; None if that one went away meanwhile."""
+        found: dict[str, tuple[int, datetime | None]] = {}
         with self._link.translated("counting requests"):
             info = await self._link.js.stream_info(RUNS_STREAM, subjects_filter=f"{RUNS}.>")
-            counts = dict(info.state.subjects or {})
-            for subject in counts:
+            for subject, count in (info.state.subjects or {}).items():
+                handed_out = 0
                 # Where nobody has a consumer, all of them wait: see `unknown_subjects`.
                 with contextlib.suppress(nats.js.errors.NotFoundError):
                     consumer = await self._link.js.consumer_info(RUNS_STREAM, durable_name(subject))
-                    counts[subject] = consumer.num_pending or 0
-        return {
-            subject.removeprefix(f"{RUNS}."): count for subject, count in counts.items() if count
-        }
+                    count = consumer.num_pending or 0  # noqa: PLW2901
+                    handed_out = consumer.delivered.stream_seq if consumer.delivered else 0
+                if count:
+                    first = await next_stored(self._link, RUNS_STREAM, handed_out + 1, subject)
+                    place = subject.removeprefix(f"{RUNS}.")
+                    found[place] = (count, first.stored_at if first else None)
+        return found
 
-    async def _take_from_queue(self, view: RunView) -> bool:
-        """Whether the request was still waiting and is now gone."""
+    async def _take_from_queue(self, view: RunView) -> StoredMessage | None:
+        """The request, if it was still waiting; it is gone now."""
         if view.request_seq is None:
-            return False
-        with self._link.translated("removing a waiting request"):
-            try:
-                return bool(await self._link.js.delete_msg(RUNS_STREAM, view.request_seq))
-            except nats.js.errors.NotFoundError:
-                return False
+            return None
+        request = await stored_message(self._link, RUNS_STREAM, view.request_seq)
+        if request is None or not await delete_stored(self._link, RUNS_STREAM, view.request_seq):
+            return None
+        return request
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work, name="control service")

@@ -1,37 +1,48 @@
 """The life of a worker process: start, run, drain, stop, in the order in which they happen.
 
-    start   connect, create streams, settle what a predecessor left, open for requests
+    start   open the HTTP port, connect, create streams, settle what a predecessor left, open for
+            requests
     run     until somebody asks for a stop or a part of the daemon dies
     drain   no new request, and those that wait go back; running dbt may go on for
             `drain_timeout_s`, then it is cancelled or handed over (`on_drain`)
-    stop    control signs off, states and events are written, connections close
+    stop    control signs off, states and events are written, connections close, telemetry is
+            sent as far as it can be
 
 SIGTERM and SIGINT ask for the drain; a second one ends dbt at once, a third one leaves.
 """
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import signal
+from collections.abc import AsyncIterator
 from typing import Any, BinaryIO
 
 import dbtstream
 from dbtstream.artifact_store import ArtifactStore
-from dbtstream.config import Config, WorkerConfig
+from dbtstream.config import Config, HttpConfig, WorkerConfig, split_listen
 from dbtstream.control import OWNER_ANSWERS_S, Control
 from dbtstream.errors import ConfigError, NatsRefused, Superseded
 from dbtstream.execution import Services
+from dbtstream.gauges import Gauges
+from dbtstream.health import Health, Stage
+from dbtstream.http_port import HttpPort
 from dbtstream.lineage_store import LineageStore
+from dbtstream.measurements import last_completions
 from dbtstream.nats_connection import CLOSE_LIMIT_S
 from dbtstream.nats_link import NatsLink
 from dbtstream.outbox import Outbox
 from dbtstream.predecessor import settle_predecessor
 from dbtstream.publishers.jetstream import JetStreamPublisher
 from dbtstream.publishers.openlineage import OpenLineageOut, OpenLineageSender
+from dbtstream.pulse import Pulse
 from dbtstream.run_lease import Leases
 from dbtstream.sql_process import SqlReader
-from dbtstream.store import NodeStates, Store
+from dbtstream.store import MAX_LISTED, NodeStates, Store
 from dbtstream.streams import check_streams, ensure_streams
+from dbtstream.telemetry import CLOSE_S as TELEMETRY_CLOSE_S
+from dbtstream.telemetry import Telemetry
 from dbtstream.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -41,6 +52,9 @@ LEFTOVERS_S = 60.0
 
 CLOSE_S = 10.0
 """What the last writes may take when the runs are over."""
+
+TELEMETRY_S = TELEMETRY_CLOSE_S + 1.0
+"""And telemetry and the HTTP port after that."""
 
 
 class Daemon:
@@ -54,6 +68,10 @@ class Daemon:
         self._stop_asked = asyncio.Event()
         self._hurry = asyncio.Event()
         self._leave = asyncio.Event()
+        self._pulse = Pulse()
+        self._health = Health(self._pulse, config.state_dir)
+        self._telemetry: Telemetry
+        self.http: HttpPort | None = None
 
     async def run(self) -> None:
         """Raises NatsRefused when NATS cannot be used, ConfigError when the config cannot."""
@@ -67,20 +85,34 @@ class Daemon:
                 "config": self.config.source,
             },
         )
-        nats = self.config.nats
         try:
-            async with (
-                NatsLink(nats, name=f"dbtstream {self.config.worker_name} queue") as queue,
-                NatsLink(nats, name=f"dbtstream {self.config.worker_name} events") as events,
-            ):
-                if await self._connected(queue, events):
-                    await self._serve(queue, events)
+            async with self._observed():
+                await self._run()
         except BaseException as error:
             if not self._ready.done():
                 self._ready.set_exception(error)
                 self._ready.exception()  # whoever waits for it gets it; nobody has to
             raise
         logger.info("stopped", extra={"action": "daemon.stopped"})
+
+    async def _run(self) -> None:
+        nats = self.config.nats
+        async with (
+            NatsLink(nats, name=f"dbtstream {self.config.worker_name} queue") as queue,
+            NatsLink(nats, name=f"dbtstream {self.config.worker_name} events") as events,
+        ):
+            self._prepare_gauges(queue, events)
+            if await self._connected(queue, events):
+                await self._serve(queue, events)
+
+    def _prepare_gauges(self, queue: NatsLink, events: NatsLink) -> None:
+        """Where somebody may ask for them."""
+        self._health.links = (queue, events)
+        if self.http or self._telemetry.metrics:
+            gauges = Gauges(self.config, (queue, events), self._telemetry.flow)
+            self._telemetry.look = lambda: gauges.last
+            self._health.gauges = gauges
+            gauges.look()
 
     async def ready(self) -> None:
         """Until requests are served. Raises what made the start fail."""
@@ -99,6 +131,29 @@ class Daemon:
             loop.add_signal_handler(number, self.stop)
 
     # In the order of a life.
+
+    @contextlib.asynccontextmanager
+    async def _observed(self) -> AsyncIterator[None]:
+        """With telemetry and the HTTP port, from the first moment to the last."""
+        self._telemetry = await asyncio.to_thread(Telemetry, self.config)
+        try:
+            self.http = await asyncio.to_thread(
+                open_port, self.config, self._health, self._telemetry
+            )
+            pulse = asyncio.create_task(self._pulse.run(self._ticked), name="pulse")
+            try:
+                yield
+            finally:
+                pulse.cancel()
+                if self.http is not None:
+                    await asyncio.to_thread(self.http.close)
+        finally:
+            await asyncio.to_thread(self._telemetry.close)
+
+    def _ticked(self, lag_s: float) -> None:
+        self._telemetry.loop_lag(lag_s)
+        if self._health.gauges is not None:
+            self._health.gauges.look()
 
     async def _connected(self, queue: NatsLink, events: NatsLink) -> bool:
         """Wait for NATS as long as it takes; False when we are stopped meanwhile."""
@@ -137,7 +192,15 @@ class Daemon:
         self.openlineage = openlineage.senders
         async with SqlReader() as sql_reader, asyncio.TaskGroup() as parts:
             services = Services(
-                self.config, events, store, node_states, ArtifactStore(events), lineage, sql_reader
+                self.config,
+                events,
+                store,
+                node_states,
+                ArtifactStore(events),
+                lineage,
+                sql_reader,
+                self._telemetry.observer,
+                self._telemetry.on_stored,
             )
             worker = self.worker = Worker(self.config, queue, services, leases)
             sending = parts.create_task(openlineage.run(), name="openlineage")
@@ -152,17 +215,55 @@ class Daemon:
             ]
             async with Control(self.config, queue, services, worker):
                 working = parts.create_task(worker.run(), name="worker")
+                watching = self._watch(parts, worker, store)
                 self._ready.set_result(None)
+                self._health.stage = Stage.SERVING
                 logger.info("serving", extra={"action": "daemon.ready"})
                 await self._until_stop(working)
+                self._health.stage = Stage.DRAINING
                 await self._drain(worker, working)
             node_states.close()
             lineage.behind.close()
+            for task in watching:
+                task.cancel()
             sending.cancel()  # what has not gone out is in the stream
             last = {*states, leftovers, sending}
             await asyncio.wait(last, timeout=0.0 if self._leave.is_set() else CLOSE_S)
             for task in last:
                 task.cancel()
+
+    def _watch(
+        self, parts: asyncio.TaskGroup, worker: Worker, store: Store
+    ) -> list[asyncio.Task[None]]:
+        if (gauges := self._health.gauges) is None:
+            return []
+        gauges.worker, gauges.openlineage = worker, self.openlineage
+        return [
+            parts.create_task(gauges.watch_queues(), name="queue gauges"),
+            parts.create_task(self._recall(store), name="stored runs"),
+        ]
+
+    async def _recall(self, store: Store) -> None:
+        """Gauges of how runs and freshness checks last ended know those before our start, too.
+
+        Whatever goes wrong in here must not end the daemon.
+        """
+        if self._telemetry.metrics is None:
+            return
+        known = self._telemetry.known
+        try:
+            self._telemetry.recall(last_completions(known, await store.list_runs(limit=MAX_LISTED)))
+            for project, target in known.targets:
+                states = await store.list_nodes(project, target, "source")
+                self._telemetry.recall(known.recall_sources(project, target, states))
+        except Exception as error:  # noqa: BLE001 - see above
+            logger.warning(
+                "cannot read how earlier runs ended; metrics tell of later ones only",
+                extra={
+                    "action": "daemon.runs_unread",
+                    "error": f"{type(error).__name__}: {error}",
+                },
+            )
 
     async def _prepare_streams(self, link: NatsLink) -> None:
         if self.config.streams.manage:
@@ -183,7 +284,9 @@ class Daemon:
         for outbox in await Outbox.recover(
             directory, max_bytes=self.config.worker.outbox_max_bytes
         ):
-            publisher = JetStreamPublisher(link, outbox)
+            if (gauges := self._health.gauges) is not None:
+                gauges.leftovers = [outbox]
+            publisher = JetStreamPublisher(link, outbox, on_stored=self._telemetry.on_stored)
             outbox.close_input()
             facts: dict[str, Any] = {"action": "daemon.leftovers", "run_id": outbox.run_id}
             try:
@@ -196,6 +299,8 @@ class Daemon:
                 facts |= {"events": publisher.stats.sent}
                 logger.warning("published what a predecessor had left", extra=facts)
             await outbox.remove()
+            if gauges is not None:
+                gauges.leftovers = []
 
     async def _until_stop(self, working: asyncio.Task[None]) -> None:
         stopped = asyncio.ensure_future(self._stop_asked.wait())
@@ -247,7 +352,31 @@ def stop_budget_s(worker: WorkerConfig) -> float:
     written_s = CLOSE_S  # states and events
     control_s = OWNER_ANSWERS_S
     links_s = 2 * 2 * CLOSE_LIMIT_S  # flush and close, of both connections
-    return drain_s + ladder_s + left_s + written_s + control_s + links_s
+    return drain_s + ladder_s + left_s + written_s + control_s + links_s + TELEMETRY_S
+
+
+def open_port(config: Config, health: Health, telemetry: Telemetry) -> HttpPort | None:
+    """None where it is off, or another daemon of this machine has the default one.
+
+    Blocking. Raises ConfigError.
+    """
+    listen = config.http.listen
+    if not listen:
+        return None
+    routes = {"/livez": health.livez, "/readyz": health.readyz, "/metrics": telemetry.scrape}
+    try:
+        port = HttpPort(*split_listen(listen), routes)
+    except OSError as error:
+        problem = f"cannot listen on {listen}: {error.strerror or error}"
+        if listen != HttpConfig().listen:
+            raise ConfigError(config.source, "http.listen", problem) from error
+        logger.warning(
+            "the HTTP port is taken; there is no /livez, /readyz and /metrics of this daemon",
+            extra={"action": "daemon.no_port", "listen": listen, "problem": problem},
+        )
+        return None
+    logger.info("listening", extra={"action": "daemon.http", "address": port.address})
+    return port
 
 
 def own_state_dir(config: Config) -> BinaryIO:

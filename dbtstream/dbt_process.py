@@ -15,6 +15,7 @@ import signal
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -55,6 +56,7 @@ class Exit:
     """How the process left. `code` is negative for a signal, as in subprocess."""
 
     code: int
+    at: datetime
     oom: bool
     output_tail: str
 
@@ -205,12 +207,14 @@ class DbtProcess:
         except TimeoutError:
             self.kill()
             code = await self._process.wait()
+        at = datetime.now(UTC)
         # Its own children may hold the output open; they are not waited for.
         self.kill()
         await asyncio.wait({self._drain}, timeout=1.0)
         oom_kills = await asyncio.to_thread(_oom_kills)
         return Exit(
             code=code,
+            at=at,
             oom=code == -signal.SIGKILL and self._oom_kills not in (_NO_OOM_COUNTER, oom_kills),
             output_tail=self.output_tail,
         )

@@ -30,14 +30,13 @@ from dbtstream.subjects import (
     DEAD_STREAM,
     H_MSG_ID,
     H_RUN_ID,
-    H_TRACEPARENT,
-    H_TRACESTATE,
     NAME,
     RUNS,
     STATE_BUCKET,
     new_run_id,
     request_key,
     token,
+    trace_headers,
 )
 
 __all__ = ["DeadLetter", "DeadLetters", "NoSuchLetter", "NotReplayable", "Replayed"]
@@ -145,8 +144,7 @@ class DeadLetters:
             raise NotReplayable(letter_id, f"its request was for {letter.subject or 'nobody'}")
         run_id = new_run_id(datetime.now(UTC))
         data = await self._claim(letter, message.data, run_id, new_request_id=new_request_id)
-        trace = (H_TRACEPARENT, H_TRACESTATE)
-        outgoing = {name: message.headers[name] for name in trace if name in message.headers}
+        outgoing = trace_headers(message.headers)
         # Not the message id of then: the stream would take it for the same message.
         outgoing |= {H_MSG_ID: f"replay-{run_id}", H_RUN_ID: run_id}
         ack = await self._link.publish_until_stored(

@@ -5,6 +5,7 @@ here for the run's status and `node_events` for the fate of nodes of which dbt t
 """
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 
 import msgspec
@@ -37,6 +38,8 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
     oom: bool = False  # killed, and the kernel says it was for memory
     stderr_tail: str | None = None
     stop: Reason | None = None  # CANCELLED, TIMEOUT or HANDED_OVER, when we stopped it
+    pid: int | None = None
+    exited_at: datetime | None = None
 
     @classmethod
     def of_error(

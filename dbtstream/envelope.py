@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 
 from dbtstream.dbt_values import clean
-from dbtstream.events import AnyEvent, LogLine
-from dbtstream.trace import span_id_of, trace_id_of
+from dbtstream.events import AnyEvent, LogLine, TraceBlock
+from dbtstream.trace import TraceParent, parse_traceparent, span_id_of, trace_id_of, tracestate_in
 
 OUR_LOG_CODE = "dbtstream"
 """`code` of log events that dbtstream itself adds to a run; dbt's are like "Q001"."""
@@ -38,10 +38,21 @@ class RunContext(msgspec.Struct, frozen=True, kw_only=True):
     position: int = 0
     first_seq: int = 1
     began_at: datetime | None = None  # when the first attempt did, in a later one
-    trace_id: str | None = None  # of the requester's traceparent; else the run id's own
+    trace_id: str | None = None  # by trace.run_trace_id; else the run id's own
+    trace: TraceBlock | None = None  # what the request came with
     objects: dict[str, str] = {}  # kind of artifact -> where it will be in the Object Store
     target_path: str | None = None  # artifacts below it are named relative to it
     expected_s: float | None = None
+
+    @property
+    def requester(self) -> TraceParent | None:
+        """The span that asked for the run; the run's parent if they have one `trace_id`."""
+        return parse_traceparent(self.trace.traceparent) if self.trace else None
+
+    @property
+    def tracestate(self) -> str:
+        """It goes with the requester's trace, and with no other."""
+        return tracestate_in(self.trace, self.trace_id or trace_id_of(self.run_id))
 
 
 class Envelope:

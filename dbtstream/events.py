@@ -25,7 +25,7 @@ from dbtstream.lineage_events import (
     LineageDeclared,
     LineageObserved,
 )
-from dbtstream.statuses import NodeStatus, Reason, RunStatus
+from dbtstream.statuses import NodeStatus, Phase, Reason, RunStatus
 
 MAX_PLAN_BYTES = 512 * 1024
 """A plan whose node list is longer is sent in parts of about that size (`run.plan_part`)."""
@@ -110,6 +110,33 @@ class Resource(msgspec.Struct, frozen=True, kw_only=True):
     cpu_s: float | None = None
 
 
+class PhaseTiming(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of an attempt; it ends where the next one begins."""
+
+    phase: Phase
+    started_at: datetime
+    finished_at: datetime
+
+
+class ProcessBlock(msgspec.Struct, frozen=True, kw_only=True):
+    """dbt's process, as its parent saw it. `exit_code` is null where a signal ended it."""
+
+    pid: int
+    started_at: datetime
+    finished_at: datetime
+    exit_code: int | None = None
+    signal: str | None = None  # SIGKILL, SIGSEGV …
+    oom: bool = False  # killed, and the kernel says it was for memory
+
+
+class TraceBlock(msgspec.Struct, frozen=True, kw_only=True):
+    """The trace context that a request came with; of its baggage what the config allows."""
+
+    traceparent: str | None = None
+    tracestate: str = ""
+    baggage: dict[str, str] = {}
+
+
 class ArtifactRef(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     path: str
@@ -130,6 +157,7 @@ class RunQueued(Event, frozen=True, kw_only=True, tag="run.queued"):
     position: int = 0  # requests of the same project and target that are ahead
     requested_by: str | None = None
     reason: str | None = None
+    trace: TraceBlock | None = None  # null when the request came without
 
 
 class RunLeased(Event, frozen=True, kw_only=True, tag="run.leased"):
@@ -253,6 +281,8 @@ class RunFinished(Event, frozen=True, kw_only=True, tag="run.finished"):
     attempts: int = 1
     verified: bool = False
     verified_status: str = "no_results"
+    phases: list[PhaseTiming] = []  # of the last attempt, as far as it got
+    process: ProcessBlock | None = None  # of the last attempt, if its worker saw it end
     stderr_tail: str | None = None  # when dbt's process crashed
 
 
@@ -298,6 +328,7 @@ class NodeFinished(Event, frozen=True, kw_only=True, tag="node.finished"):
     test: TestBlock | None = None
     freshness: FreshnessBlock | None = None
     batch_results: BatchResults | None = None
+    thread: str | None = None
 
 
 class NodeBatch(Event, frozen=True, kw_only=True, tag="node.batch"):

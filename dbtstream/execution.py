@@ -19,7 +19,7 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
 from typing import Any
@@ -46,13 +46,16 @@ from dbtstream.job import (
     object_names,
 )
 from dbtstream.lineage_store import LineageStore
-from dbtstream.messages import OnLost, RunView
+from dbtstream.log_context import in_run_of
+from dbtstream.messages import NodeAtWork, OnLost, RunAtWork, RunView
 from dbtstream.nats_link import NatsLink
 from dbtstream.normalizer import Normalizer
-from dbtstream.outbox import Outbox
+from dbtstream.observers import AttemptObserver, Nobody, Observer
+from dbtstream.outbox import Outbox, OutboxStats
 from dbtstream.predecessor import Mark, forget_mark, write_mark
 from dbtstream.publishers.fence import EventFence
-from dbtstream.publishers.jetstream import JetStreamPublisher
+from dbtstream.publishers.jetstream import JetStreamPublisher, OnStored
+from dbtstream.readings import Flow
 from dbtstream.resume import FIRST
 from dbtstream.run_lease import RunLease
 from dbtstream.run_state import RunState
@@ -60,7 +63,7 @@ from dbtstream.scrub import Scrubber
 from dbtstream.sql_process import SqlReader
 from dbtstream.statuses import Reason, RunStatus
 from dbtstream.store import NodeStates, Store
-from dbtstream.trace import span_id_of, trace_id_of
+from dbtstream.trace import run_trace_id, span_id_of, tracestate_in
 from dbtstream.watchdog import Stop, Watchdog
 from dbtstream.workspace import Workspace, keep_parse_cache, prepare_workspace
 
@@ -68,6 +71,9 @@ logger = logging.getLogger(__name__)
 
 LINEAGE_WRITTEN_S = 10.0
 """What the bucket `dbt_lineage` may take after all events are stored."""
+
+NODES_SHOWN = 10
+"""Of the nodes that run, how many are told to whoever asks."""
 
 FRAMES_PER_TURN = 32
 """After so many frames that were already there, other tasks get the loop."""
@@ -84,6 +90,8 @@ class Services:
     artifacts: ArtifactStore
     lineage: LineageStore
     sql_reader: SqlReader
+    observer: Observer = field(default_factory=Nobody)
+    on_stored: OnStored | None = None
 
     def content_type(self, project: str) -> str:
         """Of the project's events; JSON for a project that is not ours."""
@@ -135,9 +143,11 @@ class Execution:
         self._events: AttemptEvents
         self._assets: AssetEvents
         self._outbox: Outbox
+        self._way_out: tuple[Outbox, JetStreamPublisher] | None = None
         self._result: Result | None = None
         self._scrubber = Scrubber.for_environment(os.environ, ())
         self._superseded: Superseded | None = None
+        self._is_prepared = False
         self._has_started = False
         self._command = job.dbt.command
 
@@ -149,11 +159,65 @@ class Execution:
     def attempt(self) -> int:
         return self._state.view.attempt
 
+    def at_work(self, at: datetime) -> RunAtWork:
+        """How far it is, for whoever asks the worker."""
+        view = self.view
+        shown = RunAtWork(
+            run_id=view.run_id,
+            project=view.project,
+            target=view.target,
+            status=view.status,
+            args=view.args,
+            attempt=view.attempt,
+            queued_at=view.queued_at,
+            started_at=view.started_at,
+        )
+        if not self._is_prepared:
+            return shown
+        counts, eta_s = self._normalizer.progress(at.timestamp())
+        nodes = [
+            NodeAtWork(
+                unique_id=block.unique_id,
+                resource_type=block.resource_type,
+                name=block.name,
+                started_at=since,
+            )
+            for block, since in self._normalizer.at_work(NODES_SHOWN)
+        ]
+        return msgspec.structs.replace(
+            shown,
+            last_seq=self._normalizer.last_seq,
+            done=counts.done if counts else 0,
+            total=counts.total if counts else None,
+            by_status=counts.by_status if counts else {},
+            running=counts.running if counts else len(nodes),
+            nodes=nodes,
+            eta_s=eta_s,
+            unstored=self._outbox.stats.waiting,
+        )
+
+    @property
+    def outbox(self) -> OutboxStats | None:
+        """None before there is one."""
+        return self._way_out[0].stats if self._way_out else None
+
+    @property
+    def flow(self) -> Flow:
+        """Of events, into the outbox and out to NATS."""
+        if self._way_out is None:
+            return Flow()
+        box, out = self._way_out[0].stats, self._way_out[1].stats
+        return Flow(box.received, out.sent, box.dropped + box.lost, out.failed)
+
     async def run(self, admission: Admission) -> Outcome:
         """Carry the run to its end and see that the world knows of it.
 
         `admission` returns when dbt may be started: limits and slots are `worker`'s business.
         """
+        with in_run_of(self.job.run_id, self.attempt, self._trace_id):
+            return await self._run(admission)
+
+    async def _run(self, admission: Admission) -> Outcome:
         workspace = await self._prepare()
         self._normalizer = Normalizer(self._context(workspace))
         self._normalizer.recall(self._claim.earlier)
@@ -167,8 +231,9 @@ class Execution:
             self._normalizer,
             self._outbox,
             self._services.node_states,
+            self._observer(),
             content_type=self.job.project.content_type,
-            tracestate=self.job.tracestate,
+            tracestate=self._tracestate,
         )
         self._assets = AssetEvents(
             self.job.project,
@@ -178,6 +243,7 @@ class Execution:
             self._services.sql_reader,
             self._claim.earlier,
         )
+        self._is_prepared = True
         try:
             async with asyncio.TaskGroup() as tasks:
                 outcome = await self._run_beside(tasks, workspace, admission)
@@ -211,6 +277,7 @@ class Execution:
                 job.target,
                 job.run_id,
                 self._traceparent(),
+                tracestate=self._tracestate,
                 attempt=self.attempt,
             )
             self._scrubber = Scrubber.for_environment(workspace.environment, workspace.secret_names)
@@ -234,8 +301,10 @@ class Execution:
             self._services.events_link,
             self._outbox,
             fence=self._claim.fence,
+            on_stored=self._services.on_stored,
             on_failed=self._events.not_stored,
         )
+        self._way_out = self._outbox, publisher
         tasks.create_task(self._unless_superseded(publisher.run()), name=f"publish {run_id}")
         saving = tasks.create_task(
             self._unless_superseded(self._state.run()), name=f"state {run_id}"
@@ -370,7 +439,9 @@ class Execution:
             await asyncio.wait({watch})
         if self._result is not None:
             await self._keep_parse_cache(workspace)
-        return self._ending(error, exited)
+        return msgspec.structs.replace(
+            self._ending(error, exited), pid=process.pid, exited_at=exited.at
+        )
 
     async def _keep_parse_cache(self, workspace: Workspace) -> None:
         try:
@@ -527,6 +598,12 @@ class Execution:
             pid=pid,
         )
 
+    def _observer(self) -> AttemptObserver:
+        return self._services.observer.attempt(
+            self._normalizer.context,
+            earlier=self._claim.earlier,
+        )
+
     def _context(self, workspace: Workspace | Ending) -> RunContext:
         job, view = self.job, self._state.view
         return RunContext(
@@ -547,13 +624,19 @@ class Execution:
             began_at=view.started_at,
             position=job.position,
             trace_id=self._trace_id,
+            trace=job.trace,
             objects=object_names(job.run_id),
             target_path=None if isinstance(workspace, Ending) else str(workspace.target_path),
         )
 
     @property
     def _trace_id(self) -> str:
-        return self.job.parent.trace_id if self.job.parent else trace_id_of(self.job.run_id)
+        how = self._config.telemetry.trace_context
+        return run_trace_id(self.job.run_id, self.job.parent, how)
+
+    @property
+    def _tracestate(self) -> str:
+        return tracestate_in(self.job.trace, self._trace_id)
 
     def _traceparent(self) -> str:
         """Of the run's own span, so that a query comment in dbt can carry it."""

@@ -61,6 +61,10 @@ class Invocation(Frame, frozen=True, kw_only=True, tag="invocation"):
     invocation_id: str
 
 
+class Parsed(Frame, frozen=True, kw_only=True, tag="parsed"):
+    """dbt has read its project and linked the graph (FoundStats). `parse` never says so."""
+
+
 class PlannedColumn(msgspec.Struct, frozen=True, kw_only=True):
     """A column that the project's YAML names."""
 
@@ -388,6 +392,7 @@ AnyFrame = (
     Hello
     | Refused
     | Invocation
+    | Parsed
     | Nodes
     | Plan
     | GraphNodes

@@ -17,7 +17,7 @@ from dbtstream.artifacts import FILES, LOG, artifact_files, without_paths
 from dbtstream.assets import COMMANDS
 from dbtstream.config import DEFAULT_TARGET, ProjectConfig
 from dbtstream.errors import DbtstreamError, RequestRejected
-from dbtstream.events import AnyEvent, RunFinished, RunStarted
+from dbtstream.events import AnyEvent, RunFinished, RunStarted, TraceBlock
 from dbtstream.frames import Retry, Start
 from dbtstream.messages import LAST_SUCCESS, OnLost, RejectCode, RunRequest, RunView
 from dbtstream.policy import DbtArgs, check_args, check_earlier, check_retry, worker_args
@@ -26,7 +26,7 @@ from dbtstream.scrub import Scrubber
 from dbtstream.store import Store
 from dbtstream.streams import ARTIFACTS_BUCKET
 from dbtstream.subjects import NAME, is_run_id, rfc3339
-from dbtstream.trace import TraceParent
+from dbtstream.trace import TraceParent, parse_traceparent
 from dbtstream.workspace import Workspace
 
 MANIFEST, RUN_RESULTS = FILES["manifest"], FILES["run_results"]
@@ -59,8 +59,12 @@ class Job:
     request_seq: int
     stored_at: datetime
     position: int = 0
-    parent: TraceParent | None = None
-    tracestate: str = ""
+    trace: TraceBlock | None = None
+
+    @property
+    def parent(self) -> TraceParent | None:
+        """The span that asked for it."""
+        return parse_traceparent(self.trace.traceparent) if self.trace else None
 
     @property
     def args(self) -> list[str]:

@@ -22,6 +22,7 @@ from dbtstream.config import (
     DEFAULT_TARGET,
     KNOWN_COMMANDS,
     Config,
+    HttpConfig,
     NatsConfig,
     ProjectConfig,
     StreamsConfig,
@@ -67,6 +68,7 @@ def _config(url: str, state: Path, name: str, project: ProjectConfig, source: st
     return Config(
         nats=NatsConfig(servers=(url,)),
         streams=StreamsConfig(events_max_bytes=EVENTS_MAX_BYTES),
+        http=HttpConfig(listen=""),
         worker=WorkerConfig(name="local", slots=1, state_dir=str(state), drain_timeout_s=DRAIN_S),
         projects={name: project},
         source=source,

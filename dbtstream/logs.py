@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from dbtstream.config import LogConfig
+from dbtstream.log_context import trace_ids
 
 _OWN_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -80,7 +81,12 @@ class ConsoleFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object per line; the facts beside `time`, `level`, `logger` and `message`."""
+    """One object per line; the facts beside `time`, `level`, `logger` and `message`. A line about a
+    run has `trace_id` and `span_id`, those of its events and spans.
+
+    It reads them from the context that it is called in, so its handler must not pass lines on to
+    another thread.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC)
@@ -89,6 +95,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **trace_ids(),
             **facts_of(record),
         }
         if record.exc_info:

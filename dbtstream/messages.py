@@ -186,10 +186,70 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True, tag="run_view", tag_fie
 
 
 class RunList(msgspec.Struct, frozen=True, kw_only=True, tag="run_list", tag_field="type"):
-    """`waiting` counts requests that no worker has seen yet, by `<project>.<target>`."""
+    """`waiting` counts requests that no worker has seen yet, by `<project>.<target>`;
+    `waiting_since` says when the oldest of them was stored."""
 
     runs: list[RunView]
     waiting: dict[str, int] = {}
+    waiting_since: dict[str, datetime] = {}
+
+
+class WorkerStatusRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`dbt.control.worker.status`: every worker answers, so read more than one reply. An empty
+    payload will do."""
+
+
+class NodeAtWork(msgspec.Struct, frozen=True, kw_only=True):
+    unique_id: str
+    resource_type: str
+    name: str
+    started_at: datetime
+
+
+class RunAtWork(msgspec.Struct, frozen=True, kw_only=True):
+    """A run in a worker's hands, and how far it is: all that its events up to `last_seq` say.
+
+    `status` is queued while it waits for a limit or a slot. `done` counts the nodes of this attempt
+    that have ended, without hooks, out of `total`, which is null until dbt has selected.
+    """
+
+    run_id: str
+    project: str
+    target: str
+    status: RunStatus
+    args: list[str] = []
+    attempt: int = 1
+    last_seq: int = 0
+    queued_at: datetime | None = None
+    started_at: datetime | None = None
+    done: int = 0
+    total: int | None = None
+    by_status: dict[str, int] = {}
+    running: int = 0
+    nodes: list[NodeAtWork] = []  # of those that run, the ten that have for the longest
+    eta_s: float | None = None
+    unstored: int = 0  # events that JetStream does not have yet
+
+
+class WorkerStatus(
+    msgspec.Struct, frozen=True, kw_only=True, tag="worker_status", tag_field="type"
+):
+    """How one worker is at the moment `at`, by its own clock.
+
+    `used` of its `slots` are taken by requests; what waits for a limit has lent its slot, so
+    there may be more `runs` than that. `draining`: it takes no new request.
+    """
+
+    worker: str
+    version: str
+    host: str
+    at: datetime
+    started_at: datetime
+    slots: int
+    used: int
+    draining: bool = False
+    projects: list[str] = []
+    runs: list[RunAtWork] = []
 
 
 class ControlError(msgspec.Struct, frozen=True, kw_only=True, tag="error", tag_field="type"):
@@ -199,7 +259,7 @@ class ControlError(msgspec.Struct, frozen=True, kw_only=True, tag="error", tag_f
     message: str
 
 
-Reply = RunAccepted | RunRejected | CancelAccepted | RunView | RunList | ControlError
+Reply = RunAccepted | RunRejected | CancelAccepted | RunView | RunList | WorkerStatus | ControlError
 
 _run_request: msgspec.json.Decoder[RunRequest] = msgspec.json.Decoder(RunRequest)
 _submit: msgspec.json.Decoder[SubmitRequest] = msgspec.json.Decoder(SubmitRequest)

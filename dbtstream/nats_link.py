@@ -11,6 +11,7 @@ publish that "timed out" in such a queue is sent after the reconnect all the sam
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
@@ -29,6 +30,8 @@ from dbtstream.subjects import H_MSG_ID
 __all__ = ["JetStreamRefused", "NatsLink", "NobodyListens", "Outgoing", "backoff_s"]
 
 logger = logging.getLogger(__name__)
+
+NO_RESPONDERS = "503"
 
 SMALL_HEADERS_BYTES = 64 * 1024
 """More than the headers of any message of ours come to."""
@@ -83,6 +86,43 @@ class NatsLink(NatsConnection):
             # that comes in the same turn as the answer (cpython#86296).
             raise asyncio.CancelledError
         return answer
+
+    async def ask_all(
+        self, subject: str, payload: bytes = b"", *, timeout_s: float, quiet_s: float
+    ) -> list[Msg]:
+        """Ask everybody who listens, in one message, and take the answers that come: until there
+        was none for `quiet_s` after one, and for `timeout_s` at the most.
+
+        Raises NatsUnavailable (NobodyListens at once), or NatsRefused.
+        """
+        operation = f"a message to {subject}"
+        came: asyncio.Queue[Msg] = asyncio.Queue()
+        answers: list[Msg] = []
+        with self.translated(operation):
+            inbox = await self.client.subscribe(self.client.new_inbox(), cb=came.put)
+        flight: Flight | None = None
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                flight = Flight(subject, limit)
+                self._flights.add(flight)
+                await self.client.publish(subject, payload, reply=inbox.subject)
+                while True:
+                    answer = await came.get()
+                    if not answer.data and (answer.headers or {}).get("Status") == NO_RESPONDERS:
+                        raise NobodyListens(self.servers, f"{operation}: nobody listens there")
+                    answers.append(answer)
+                    limit.reschedule(asyncio.get_running_loop().time() + quiet_s)
+        except TimeoutError:
+            if flight is not None and (flight.denied or flight.lost):
+                raise self._no_answer(operation, timeout_s, flight) from None
+        except (nats.errors.Error, OSError) as error:
+            raise translate(error, operation, self.servers) from error
+        finally:
+            if flight is not None:
+                self._flights.discard(flight)
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await inbox.unsubscribe()
+        return answers
 
     async def ask_jetstream(self, verb: str, body: Mapping[str, Any] | None = None) -> Any:
         """The answer of `$JS.API.<verb>`, decoded. Raises NatsUnavailable, NatsRefused.

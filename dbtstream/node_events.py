@@ -293,6 +293,7 @@ class NodeEvents:
             test=record.test,
             freshness=end.freshness,
             batch_results=end.batch_results,
+            thread=record.opened.thread if record.opened else None,
         )
 
     def _verdict(self, record: NodeRecord, end: NodeEnd, at: float) -> Fate:

@@ -20,7 +20,7 @@ What a subscriber may want to know, where the contract leaves a choice:
 """
 
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import PurePath
 from typing import Any, assert_never
 
@@ -37,6 +37,7 @@ from dbtstream.events import (
     ArtifactWritten,
     Gap,
     LogLine,
+    NodeBlock,
     NodeCounts,
     NodeFinished,
     NodeStarted,
@@ -54,6 +55,7 @@ from dbtstream.events import (
 )
 from dbtstream.ledger import Ledger
 from dbtstream.node_events import NodeEvents
+from dbtstream.phases import Phases
 from dbtstream.statuses import NodeStatus, Reason, RunStatus
 from dbtstream.verdict import Told, tell_verdict
 
@@ -75,7 +77,7 @@ class Normalizer:
         ordered = context.command != "clone"
         self._nodes = NodeEvents(self._envelope, self._ledger, self._stopping, ordered=ordered)
         self._began = context.began_at or context.queued_at
-        self._spawned_at: datetime | None = None
+        self._phases = Phases(context.queued_at)
         self._last_n = 0
         self._frames_missing = False
         self._total: int | None = None
@@ -109,6 +111,31 @@ class Normalizer:
         """unique_ids of what has started and not finished."""
         return [name for name, record in self._ledger.nodes.items() if record.in_flight]
 
+    def progress(self, unix_s: float) -> tuple[NodeCounts | None, float | None]:
+        """Live counts, and in how many seconds the rest may be done; None until it is planned."""
+        if self._total is None:
+            return None, None
+        counts = NodeCounts(
+            done=self._nodes.done,
+            running=self._nodes.running,
+            total=self._total,
+            by_status=self._ledger.by_status(),
+        )
+        if not counts.done:
+            return counts, None
+        per_node_s = (unix_s - self._nodes.ready_at) / counts.done
+        return counts, per_node_s * max(counts.total - counts.done, 0)
+
+    def at_work(self, limit: int) -> list[tuple[NodeBlock, datetime]]:
+        """What has started and not finished, and since when; those that have for the longest."""
+        running = [
+            (record.block, record.began)
+            for record in self._ledger.nodes.values()
+            if record.in_flight and record.held is None and record.began is not None
+        ]
+        running.sort(key=lambda one: one[1])
+        return [(block, utc(began)) for block, began in running[:limit]]
+
     # Before dbt
 
     def queued(self, at: datetime) -> list[AnyEvent]:
@@ -121,6 +148,7 @@ class Normalizer:
             position=self.context.position,
             requested_by=self.context.requested_by,
             reason=self.context.reason,
+            trace=self.context.trace,
         )
         return self._envelope.taken()
 
@@ -169,12 +197,14 @@ class Normalizer:
                 self._recall(event)
             elif isinstance(event, NodeFinished):
                 self._ledger.recall_earlier(event)
+            elif isinstance(event, RunLeased):
+                self._phases.waits_since = event.time  # since then for us, not for its request
 
     def spawned(self, at: datetime) -> None:
         """The child was started. What came before was the queue's time, the rest is dbt's."""
         self._check_open()
         self.status = RunStatus.STARTING
-        self._spawned_at = at
+        self._phases.spawned_at = at
         if self.context.began_at is None:
             self._began = at
 
@@ -190,9 +220,8 @@ class Normalizer:
         if (
             self._nodes.done != self._progress_done
             and frame.at - self._progress_at >= PROGRESS_EVERY_S
-            and self._total is not None
         ):
-            self._progress(frame.at, self._total)
+            self._progress(frame.at)
         return self._envelope.taken()
 
     def cancel_step(
@@ -297,6 +326,7 @@ class Normalizer:
             case frames.NodeWork():
                 self._nodes.node_work(frame)
             case frames.NodeFinish():
+                self._phases.worked_at = utc(frame.at)
                 self._nodes.node_finish(frame)
             case frames.Log():
                 self._log_line(frame)
@@ -305,10 +335,12 @@ class Normalizer:
             case frames.NodeError():
                 self._nodes.node_error(frame)
             case frames.NodeSkip():
+                self._phases.worked_at = utc(frame.at)
                 self._nodes.node_skip(frame)
             case frames.HookStart():
                 self._nodes.hook_start(frame)
             case frames.HookFinish():
+                self._phases.worked_at = utc(frame.at)
                 self._nodes.hook_finish(frame)
             case frames.BatchStart():
                 pass  # its NodeStart was counted, and its BatchFinish names it
@@ -326,6 +358,9 @@ class Normalizer:
                 self._envelope.engine = frame.engine
             case frames.Invocation():
                 self._envelope.invocation_id = frame.invocation_id
+                self._phases.invoked_at = utc(frame.at)
+            case frames.Parsed():
+                self._phases.parsed_at = utc(frame.at)
             case frames.Artifact():
                 self._artifact(frame)
             case frames.Cancelling():
@@ -347,12 +382,13 @@ class Normalizer:
                 self._nodes.results_in(frame)
             case frames.Result():
                 self._result = frame
+                self._returned(frame)
             case _:
                 assert_never(frame)
 
     def _hello(self, frame: frames.Hello) -> None:
         at = utc(frame.at)
-        spawned_at = self._spawned_at or at
+        spawned_at = self._phases.spawned_at or at
         self.status = RunStatus.RUNNING
         self._envelope.engine = f"dbt-core {frame.dbt_version}"
         self._envelope.emit(
@@ -371,6 +407,7 @@ class Normalizer:
         )
 
     def _plan(self, frame: frames.Plan) -> None:
+        self._phases.planned_at = utc(frame.at)
         self._ledger.know(frame.others)
         self._nodes.ready_at = self._progress_at = frame.at
         entries: list[PlanEntry] | None = None
@@ -396,6 +433,11 @@ class Normalizer:
         if entries is None:
             for number, part in enumerate(parts, start=1):
                 self._envelope.emit(RunPlanPart, at, part=number, parts=len(parts), nodes=part)
+
+    def _returned(self, frame: frames.Result) -> None:
+        self._phases.returned_at = utc(frame.at)
+        if frame.interrupted or frame.error is not None:
+            self._phases.worked_at = utc(frame.at)  # nodes were being worked at until then
 
     def _log_line(self, frame: frames.Log) -> None:
         message, truncated = clean(frame.message, frame.truncated)
@@ -445,21 +487,11 @@ class Normalizer:
         self._artifacts.append(artifact)
         self._envelope.emit(ArtifactWritten, utc(frame.at), **msgspec.structs.asdict(artifact))
 
-    def _progress(self, unix_s: float, total: int) -> None:
-        done = self._nodes.done
-        per_node_s = (unix_s - self._nodes.ready_at) / done
-        self._envelope.emit(
-            RunProgress,
-            utc(unix_s),
-            counts=NodeCounts(
-                done=done,
-                running=self._nodes.running,
-                total=total,
-                by_status=self._ledger.by_status(),
-            ),
-            eta_s=per_node_s * max(total - done, 0),
-        )
-        self._progress_at, self._progress_done = unix_s, done
+    def _progress(self, unix_s: float) -> None:
+        counts, eta_s = self.progress(unix_s)
+        if counts is not None:
+            self._envelope.emit(RunProgress, utc(unix_s), counts=counts, eta_s=eta_s)
+            self._progress_at, self._progress_done = unix_s, counts.done
 
     def _miss_frames(self, frame: frames.AnyFrame) -> None:
         """A hole is a bug of ours; the run goes on, and says at its end that it is unverified."""
@@ -502,6 +534,7 @@ class Normalizer:
             frames_missing=self._frames_missing,
             artifacts=self._artifacts,
             began=self._began,
+            phases=self._phases,
         )
         self.status = tell_verdict(self._envelope, self.context, self._ledger, what, ending, at)
 
@@ -513,7 +546,10 @@ class Normalizer:
                 self.status = RunStatus.RUNNING
                 if self.context.began_at is None:
                     self._began = event.time
+                self._phases.spawned_at = event.time - timedelta(seconds=event.start_s)
+                self._phases.invoked_at = event.time
             case RunPlanned():
+                self._phases.planned_at = event.time
                 self._ledger.recall_plan(event.nodes or [])
             case RunPlanPart():
                 self._ledger.recall_plan(event.nodes)
@@ -533,14 +569,10 @@ class Normalizer:
                 pass
 
     def _span_about(self, unique_id: str | None) -> str | None:
-        """A line about a node belongs to the node's span. It does not make it a node of the
-        run: dbt also logs about nodes that are not selected."""
-        if unique_id is None:
-            return None
-        record = self._ledger.nodes.get(unique_id)
-        if record is None:
-            return self._envelope.span("node", unique_id)
-        return self._nodes.span_of(record)
+        """A line about a node belongs to the node's span, or to the run's where the node has
+        none: dbt also logs about nodes that are not selected."""
+        record = self._ledger.nodes.get(unique_id) if unique_id is not None else None
+        return None if record is None else self._nodes.span_of(record)
 
     def _check_open(self) -> None:
         if self._closed:

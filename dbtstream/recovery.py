@@ -24,17 +24,21 @@ from dbtstream.events import (
     NodeFinished,
     RunFinished,
     RunQueued,
+    TraceBlock,
     encode_event,
 )
 from dbtstream.execution import Services
+from dbtstream.log_context import in_run_of
 from dbtstream.messages import OnLost, RunView
 from dbtstream.nats_errors import WRONG_LAST_SEQUENCE, JetStreamRefused
 from dbtstream.normalizer import Normalizer
+from dbtstream.observers import AttemptObserver
 from dbtstream.publishers.fence import EventFence, last_of_target
 from dbtstream.resume import HANDED_OVER, WORKER_LOST, decide, holes
 from dbtstream.runs import advance
 from dbtstream.statuses import Reason, RunStatus
 from dbtstream.subjects import event_headers, event_subject
+from dbtstream.trace import parse_traceparent, run_trace_id
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,7 @@ class Policy:
     command: str
     cause: str  # of `run.leased`
     max_attempts: int
+    trace: TraceBlock | None = None  # what the request came with, where that is known
 
     @property
     def ends_untold(self) -> bool:
@@ -79,7 +84,7 @@ async def close_attempt(
                 services.node_states.put(event)
         verdict = next((event for event in earlier if isinstance(event, RunFinished)), None)
         if verdict is None and not earlier and policy.ends_untold:
-            await _tell_queued(services, view, policy.command)
+            await _tell_queued(services, view, policy.command, policy.trace)
             continue
         if verdict is not None or not earlier:
             return Closed(earlier, (view, revision), verdict)
@@ -90,21 +95,26 @@ async def close_attempt(
             cause=policy.cause,
             max_attempts=policy.max_attempts,
         )
-        context = _context(services, view, earlier, policy.command, fence=fence.number)
-        events = _closing_events(context, earlier, policy.cause, decision)
-        if not await _begin_lease(services, fence, events[0], last):
-            continue  # something came in between: read again
-        await _publish(services, events[1:], policy.command, fence)
-        logger.warning(
-            "took over a run",
-            extra={
-                "action": "run.taken_over",
-                "run_id": view.run_id,
-                "attempt": view.attempt,
-                "cause": policy.cause,
-                "decision": decision,
-            },
+        context = _context(
+            services, view, earlier, policy.command, policy.trace, fence=fence.number
         )
+        events = _closing_events(context, earlier, policy.cause, decision)
+        if not await _begin_lease(services, context, fence, events[0], last):
+            continue  # something came in between: read again
+        observer = _observer(services, context, earlier)
+        observer.take(events[0])
+        await _publish(services, context, events[1:], fence, observer)
+        with in_run_of(view.run_id, view.attempt, context.trace_id):
+            logger.warning(
+                "took over a run",
+                extra={
+                    "action": "run.taken_over",
+                    "run_id": view.run_id,
+                    "attempt": view.attempt,
+                    "cause": policy.cause,
+                    "decision": decision,
+                },
+            )
         closed = [*earlier, *events]
         if isinstance(events[-1], RunFinished):
             return Closed(closed, (view, revision), events[-1], decision)
@@ -112,12 +122,20 @@ async def close_attempt(
 
 
 async def finish_waiting(
-    services: Services, view: RunView, revision: int, *, by: str, reason: str | None
+    services: Services,
+    view: RunView,
+    revision: int,
+    *,
+    by: str,
+    reason: str | None,
+    trace: TraceBlock | None,
 ) -> None:
-    """End a run that was cancelled while it waited; its request is out of the queue already."""
+    """End a run that was cancelled while it waited; its request, which had `trace`, is out of
+    the queue already."""
     earlier = await published(services, view) if view.attempt else []
     command = view.args[0] if view.args else "_"
-    normalizer = Normalizer(_context(services, view, earlier, command, fence=view.fence))
+    context = _context(services, view, earlier, command, trace, fence=view.fence)
+    normalizer = Normalizer(context)
     normalizer.recall(earlier)
     at = datetime.now(UTC)
     events = [] if earlier else normalizer.queued(at)
@@ -126,7 +144,7 @@ async def finish_waiting(
     events += normalizer.end(ending, at=at)
     verdict = events[-1]
     assert isinstance(verdict, RunFinished)  # noqa: S101 - Normalizer.end() ends with it
-    await _publish(services, events, command, None)
+    await _publish(services, context, events, None, _observer(services, context, earlier))
     await save_verdict(services, view, revision, verdict)
 
 
@@ -191,10 +209,20 @@ def _closing_events(
 
 
 def _context(
-    services: Services, view: RunView, earlier: Sequence[AnyEvent], command: str, *, fence: int
+    services: Services,
+    view: RunView,
+    earlier: Sequence[AnyEvent],
+    command: str,
+    trace: TraceBlock | None,
+    *,
+    fence: int,
 ) -> RunContext:
     """As the other worker had it, as far as it told."""
     queued = next((event for event in earlier if isinstance(event, RunQueued)), None)
+    if queued is not None:
+        trace = queued.trace
+    parent = parse_traceparent(trace.traceparent) if trace else None
+    how = services.config.telemetry.trace_context
     return RunContext(
         project=view.project,
         target=view.target,
@@ -211,20 +239,33 @@ def _context(
         request_id=view.request_id,
         requested_by=view.requested_by,
         reason=view.reason,
-        trace_id=queued.trace_id if queued else None,
+        trace_id=queued.trace_id if queued else run_trace_id(view.run_id, parent, how),
+        trace=trace,
     )
 
 
-async def _tell_queued(services: Services, view: RunView, command: str) -> None:
-    normalizer = Normalizer(_context(services, view, (), command, fence=0))
-    await _publish(services, normalizer.queued(datetime.now(UTC)), command, None)
+def _observer(
+    services: Services, context: RunContext, earlier: Sequence[AnyEvent]
+) -> AttemptObserver:
+    return services.observer.attempt(context, earlier=earlier)
 
 
-async def _begin_lease(services: Services, fence: EventFence, leased: AnyEvent, last: int) -> bool:
+async def _tell_queued(
+    services: Services, view: RunView, command: str, trace: TraceBlock | None
+) -> None:
+    context = _context(services, view, (), command, trace, fence=0)
+    events = Normalizer(context).queued(datetime.now(UTC))
+    await _publish(services, context, events, None, _observer(services, context, ()))
+
+
+async def _begin_lease(
+    services: Services, context: RunContext, fence: EventFence, leased: AnyEvent, last: int
+) -> bool:
     """Store `leased` if the target's last event still has sequence `last`."""
     link, subject = services.events_link, event_subject(leased)
     content_type = services.content_type(leased.project)
-    headers = event_headers(leased, content_type=content_type) | fence.headers_if_last(last)
+    headers = event_headers(leased, content_type=content_type, tracestate=context.tracestate)
+    headers |= fence.headers_if_last(last)
     try:
         ack = await link.publish_until_stored(subject, encode_event(leased, content_type), headers)
     except JetStreamRefused as error:
@@ -237,20 +278,28 @@ async def _begin_lease(services: Services, fence: EventFence, leased: AnyEvent, 
 
 
 async def _publish(
-    services: Services, events: Sequence[AnyEvent], command: str, fence: EventFence | None
+    services: Services,
+    context: RunContext,
+    events: Sequence[AnyEvent],
+    fence: EventFence | None,
+    observer: AttemptObserver,
 ) -> None:
-    """In order, each stored before the next. Raises NatsError, Superseded."""
+    """In order, each stored before the next, and told then. Raises NatsError, Superseded."""
     link = services.events_link
     for event in events:
         content_type = services.content_type(event.project)
-        headers = event_headers(event, content_type=content_type)
+        headers = event_headers(event, content_type=content_type, tracestate=context.tracestate)
         headers |= fence.headers() if fence else {}
-        subject = event_subject(event, command=command)
+        subject = event_subject(event, command=context.command or "_")
         try:
-            await link.publish_until_stored(subject, encode_event(event, content_type), headers)
+            ack = await link.publish_until_stored(
+                subject, encode_event(event, content_type), headers
+            )
         except NatsError as error:
             if fence and isinstance(error, JetStreamRefused):
                 await fence.look(link)
             raise
+        if not ack.duplicate:
+            observer.take(event)
         if isinstance(event, NodeFinished):
             services.node_states.put(event)

@@ -21,17 +21,17 @@ from dbtstream.envelope import RunContext
 from dbtstream.errors import RequestRejected
 from dbtstream.events import encode_event
 from dbtstream.execution import Services
+from dbtstream.log_context import in_run_of
 from dbtstream.normalizer import Normalizer
 from dbtstream.subjects import (
     DEAD,
     H_MSG_ID,
     H_RUN_ID,
-    H_TRACEPARENT,
-    H_TRACESTATE,
     event_headers,
     event_subject,
+    trace_headers,
 )
-from dbtstream.trace import parse_traceparent, trace_id_of
+from dbtstream.trace import parse_traceparent, run_trace_id, trace_block
 
 logger = logging.getLogger(__name__)
 
@@ -63,39 +63,45 @@ async def reject(
     rejected: RequestRejected,
 ) -> None:
     """Returns when both are stored: the letter first, so that who sees the event finds it."""
-    parent = parse_traceparent(request.headers.get(H_TRACEPARENT))
-    normalizer = Normalizer(
-        RunContext(
-            project=project,
-            target=target,
-            run_id=run_id,
-            attempt=1,
-            fence=0,
-            worker=services.config.worker_name,
-            host="",
-            args=[],
-            request_id=request.headers.get(H_MSG_ID),
-            queued_at=request.stored_at,
-            trace_id=parent.trace_id if parent else trace_id_of(run_id),
-        )
+    trace = trace_block(request.headers, services.config.telemetry.baggage)
+    parent = parse_traceparent(trace.traceparent) if trace else None
+    context = RunContext(
+        project=project,
+        target=target,
+        run_id=run_id,
+        attempt=1,
+        fence=0,
+        worker=services.config.worker_name,
+        host="",
+        args=[],
+        request_id=request.headers.get(H_MSG_ID),
+        queued_at=request.stored_at,
+        trace_id=run_trace_id(run_id, parent, services.config.telemetry.trace_context),
+        trace=trace,
     )
     await bury(services, request, run_id, project, target, rejected)
-    for event in normalizer.rejected(
+    observer = services.observer.attempt(context)
+    for event in Normalizer(context).rejected(
         rejected.code, rejected.message, rejected.field, at=datetime.now(UTC)
     ):
-        await services.events_link.publish_until_stored(
-            event_subject(event), encode_event(event), event_headers(event)
+        ack = await services.events_link.publish_until_stored(
+            event_subject(event),
+            encode_event(event),
+            event_headers(event, tracestate=context.tracestate),
         )
-    logger.warning(
-        "request rejected",
-        extra={
-            "action": "request.rejected",
-            "run_id": run_id,
-            "subject": request.subject,
-            "code": rejected.code,
-            "problem": rejected.message,
-        },
-    )
+        if not ack.duplicate:
+            observer.take(event)
+    with in_run_of(run_id, event.attempt, event.trace_id):
+        logger.warning(
+            "request rejected",
+            extra={
+                "action": "request.rejected",
+                "run_id": run_id,
+                "subject": request.subject,
+                "code": rejected.code,
+                "problem": rejected.message,
+            },
+        )
 
 
 async def bury(
@@ -118,11 +124,8 @@ async def bury(
     if rejected.field:
         headers[H_FIELD] = header_value(rejected.field)
     # A replay belongs to the trace of whoever asked.
-    headers |= {
-        name: header_value(request.headers[name])
-        for name in (H_TRACEPARENT, H_TRACESTATE)
-        if name in request.headers
-    }
+    found = trace_headers(request.headers)
+    headers |= {name: header_value(value) for name, value in found.items()}
     if len(request.data) > MAX_DEAD_BYTES:
         headers[H_TRUNCATED] = str(len(request.data))
     await services.events_link.publish_until_stored(

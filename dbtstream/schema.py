@@ -31,11 +31,13 @@ MESSAGES: dict[str, type[msgspec.Struct]] = {
     "request.cancel": messages.CancelRequest,
     "request.get": messages.GetRequest,
     "request.list": messages.ListRequest,
+    "request.worker_status": messages.WorkerStatusRequest,
     "reply.run_accepted": messages.RunAccepted,
     "reply.run_rejected": messages.RunRejected,
     "reply.cancel_accepted": messages.CancelAccepted,
     "reply.run_view": messages.RunView,
     "reply.run_list": messages.RunList,
+    "reply.worker_status": messages.WorkerStatus,
     "reply.error": messages.ControlError,
 }
 

@@ -25,7 +25,12 @@ from dbtstream.schema_story import (
     at,
     envelope,
 )
-from dbtstream.statuses import NodeStatus, Reason, RunStatus
+from dbtstream.statuses import NodeStatus, Phase, Reason, RunStatus
+
+
+def _phase(phase: Phase, started_s: float, finished_s: float) -> events.PhaseTiming:
+    return events.PhaseTiming(phase=phase, started_at=at(started_s), finished_at=at(finished_s))
+
 
 _EVENTS: list[events.AnyEvent] = [
     events.RunQueued(
@@ -34,6 +39,9 @@ _EVENTS: list[events.AnyEvent] = [
         request_id=REQUEST_ID,
         requested_by="loader",
         reason="12 408 new rows in raw.orders",
+        trace=events.TraceBlock(
+            traceparent="00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+        ),
     ),
     events.RunLeased(
         **envelope(8, 131.0),
@@ -117,6 +125,14 @@ _EVENTS: list[events.AnyEvent] = [
         artifacts=[events.ArtifactRef(kind="run_results", path="run_results.json", size=4_812)],
         verified=True,
         verified_status="equal",
+        phases=[
+            _phase(Phase.QUEUE, -0.006, 0.0),
+            _phase(Phase.STARTUP, 0.0, 1.5),
+            _phase(Phase.PARSE, 1.5, 3.1),
+            _phase(Phase.EXECUTE, 3.1, 4.9),
+            _phase(Phase.FINALIZE, 4.9, 5.2),
+        ],
+        process=events.ProcessBlock(pid=41, started_at=at(0.0), finished_at=at(5.2), exit_code=1),
     ),
     events.NodeStarted(
         **envelope(6, 3.1), node=ORDERS, index=1, total=3, thread="Thread-1", ready_wait_s=0.02
@@ -265,6 +281,42 @@ _VIEW = messages.RunView(
     counts={"model": {"success": 1, "skipped": 1}, "test": {"fail": 1}},
 )
 
+_WORKER_STATUS = messages.WorkerStatus(
+    worker=WORKER,
+    version="0.1.0",
+    host="etl-1",
+    at=at(3.5),
+    started_at=at(-86_400),
+    slots=4,
+    used=1,
+    projects=["crm", "shop"],
+    runs=[
+        messages.RunAtWork(
+            run_id=RUN_ID,
+            project="shop",
+            target="prod",
+            status=RunStatus.RUNNING,
+            args=ARGS,
+            last_seq=6,
+            queued_at=at(0),
+            started_at=at(1.4),
+            done=1,
+            total=3,
+            by_status={"success": 1},
+            running=1,
+            nodes=[
+                messages.NodeAtWork(
+                    unique_id="model.shop.daily_revenue",
+                    resource_type="model",
+                    name="daily_revenue",
+                    started_at=at(3.1),
+                )
+            ],
+            eta_s=3.2,
+        )
+    ],
+)
+
 EXAMPLES: dict[str, msgspec.Struct] = {
     "request.run": _REQUEST,
     "request.submit": messages.SubmitRequest(project="shop", target="prod", request=_REQUEST),
@@ -273,6 +325,7 @@ EXAMPLES: dict[str, msgspec.Struct] = {
     ),
     "request.get": messages.GetRequest(run_id=RUN_ID),
     "request.list": messages.ListRequest(project="shop", active=True, limit=20),
+    "request.worker_status": messages.WorkerStatusRequest(),
     "reply.run_accepted": messages.RunAccepted(run_id=RUN_ID, project="shop", target="prod"),
     "reply.run_rejected": messages.RunRejected(
         code=messages.RejectCode.FLAG_NOT_ALLOWED,
@@ -281,7 +334,10 @@ EXAMPLES: dict[str, msgspec.Struct] = {
     ),
     "reply.cancel_accepted": messages.CancelAccepted(run_id=RUN_ID, status=RunStatus.RUNNING),
     "reply.run_view": _VIEW,
-    "reply.run_list": messages.RunList(runs=[_VIEW], waiting={"shop.prod": 2}),
+    "reply.run_list": messages.RunList(
+        runs=[_VIEW], waiting={"shop.prod": 2}, waiting_since={"shop.prod": at(1.2)}
+    ),
+    "reply.worker_status": _WORKER_STATUS,
     "reply.error": messages.ControlError(code="not_found", message=f"no run {RUN_ID} is known"),
     **{f"event.{events.event_type(event)}": event for event in _EVENTS},
     **LINEAGE_EXAMPLES,

@@ -76,6 +76,16 @@ class Reason(StrEnum):
     HANDED_OVER = "handed_over"  # its worker gave the run to another one, which goes on with it
 
 
+class Phase(StrEnum):
+    """The parts of an attempt, one after the other."""
+
+    QUEUE = "queue"  # from the request's storing, or the takeover, to the start of dbt's process
+    STARTUP = "startup"  # until dbt announces itself: interpreter, imports, profile
+    PARSE = "parse"  # until the nodes are selected, or the project is read
+    EXECUTE = "execute"  # until the last of them has ended, or the command has nothing more to do
+    FINALIZE = "finalize"  # until dbt's process is gone
+
+
 class ColumnLineageStatus(StrEnum):
     """What became of a node's column lineage. Closed list."""
 

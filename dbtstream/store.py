@@ -138,6 +138,15 @@ class Store:
         if values:
             await self._bucket.write_many(values)
 
+    async def list_nodes(self, project: str, target: str, resource_type: str) -> list[NodeState]:
+        """Of all nodes of a type that are known, in no order."""
+        keys = await self._bucket.keys(f"node.{project}.{target}.{resource_type}.>")
+        states: list[NodeState] = []
+        for start in range(0, len(keys), PAGE):
+            values = await self._bucket.read_many(keys[start : start + PAGE])
+            states += map(_node.decode, values.values())
+        return states
+
     async def get_node(self, project: str, target: str, unique_id: str) -> NodeState | None:
         value = await self._bucket.read(node_key(project, target, unique_id))
         return None if value is None or value.data is None else _node.decode(value.data)

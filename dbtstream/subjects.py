@@ -13,6 +13,7 @@ import hashlib
 import re
 import secrets
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from dbtstream.events import (
@@ -37,6 +38,7 @@ LIVE = "dbt.live"
 DEAD = "dbt.dead"
 CONTROL = "dbt.control"
 CONTROL_CANCEL = f"{CONTROL}.worker.cancel"  # broadcast: the worker of that run answers
+CONTROL_STATUS = f"{CONTROL}.worker.status"  # broadcast: every worker answers
 
 RUNS_STREAM = "DBT_RUNS"
 EVENTS_STREAM = "DBT_EVENTS"
@@ -56,6 +58,7 @@ H_MATCHES = "dbtstream-matches"
 H_CONTENT_TYPE = "Content-Type"
 H_TRACEPARENT = "traceparent"
 H_TRACESTATE = "tracestate"
+H_BAGGAGE = "baggage"
 
 MAX_TOKEN_CHARS = 100
 
@@ -197,6 +200,13 @@ def event_headers(
         if tracestate:
             headers[H_TRACESTATE] = tracestate
     return headers
+
+
+def trace_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """The trace context among a message's headers. NATS keeps the case of their names, and
+    clients that borrow HTTP's write `Traceparent`."""
+    lower = {name.lower(): value for name, value in headers.items()}
+    return {name: lower[name] for name in (H_TRACEPARENT, H_TRACESTATE, H_BAGGAGE) if name in lower}
 
 
 def ce_subject(event: AnyEvent) -> str:

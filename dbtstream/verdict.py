@@ -4,6 +4,7 @@ Layer 1. `normalizer` hands over what was told; what became of the nodes is in `
 end of the child means in `endings`.
 """
 
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,8 +13,9 @@ from dbtstream import frames
 from dbtstream.dbt_values import clean, error_block
 from dbtstream.endings import Ending, run_status
 from dbtstream.envelope import Envelope, RunContext
-from dbtstream.events import ArtifactRef, Resource, RunFinished
+from dbtstream.events import ArtifactRef, ProcessBlock, Resource, RunFinished
 from dbtstream.ledger import Ledger
+from dbtstream.phases import Phases
 from dbtstream.runs import exit_code_of
 from dbtstream.statuses import RunStatus
 
@@ -27,6 +29,7 @@ class Told:
     frames_missing: bool
     artifacts: list[ArtifactRef]
     began: datetime
+    phases: Phases
 
 
 def tell_verdict(
@@ -74,9 +77,33 @@ def tell_verdict(
         attempts=context.attempt,
         verified=verified,
         verified_status=verified_status,
+        phases=told.phases.timings(ending.exited_at or at),
+        process=_process(ending, told.phases),
         stderr_tail=clean(ending.stderr_tail)[0] if result is None else None,
     )
     return status
+
+
+def _process(ending: Ending, phases: Phases) -> ProcessBlock | None:
+    if ending.pid is None or ending.exited_at is None:
+        return None
+    code = ending.exit_code
+    killed = code is not None and code < 0
+    return ProcessBlock(
+        pid=ending.pid,
+        started_at=phases.spawned_at or ending.exited_at,
+        finished_at=ending.exited_at,
+        exit_code=None if killed else code,
+        signal=_signal_name(-code) if code is not None and killed else None,
+        oom=ending.oom,
+    )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of the real-time signals between SIGRTMIN and SIGRTMAX
+        return f"SIG{number}"
 
 
 def _verify(envelope: Envelope, ledger: Ledger, told: Told, at: datetime) -> tuple[bool, str]:

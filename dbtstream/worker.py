@@ -9,13 +9,15 @@ that the order of the queue holds.
 
 import asyncio
 import logging
+import socket
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
+from dbtstream import __version__
 from dbtstream.claims import Claims
 from dbtstream.config import Config
 from dbtstream.consumer import RequestConsumer
@@ -23,10 +25,18 @@ from dbtstream.errors import NatsError, NatsUnavailable, RequestRejected, Supers
 from dbtstream.execution import Execution, Outcome, Services
 from dbtstream.job import Job, checked_args
 from dbtstream.lease import RequestLease
-from dbtstream.messages import OnLost, RejectCode, RunRequest, RunView, decode_run_request
+from dbtstream.messages import (
+    OnLost,
+    RejectCode,
+    RunRequest,
+    RunView,
+    WorkerStatus,
+    decode_run_request,
+)
 from dbtstream.nats_link import NatsLink
 from dbtstream.policy import DbtArgs
 from dbtstream.queue_watch import QueueWatch
+from dbtstream.readings import Flow
 from dbtstream.rejection import reject
 from dbtstream.run_lease import Leases, RunLease
 from dbtstream.runs import advance
@@ -36,13 +46,11 @@ from dbtstream.stuck_requests import StuckRequests
 from dbtstream.subjects import (
     H_MSG_ID,
     H_RUN_ID,
-    H_TRACEPARENT,
-    H_TRACESTATE,
     is_run_id,
     run_id_of_request,
     runs_subject,
 )
-from dbtstream.trace import parse_traceparent
+from dbtstream.trace import trace_block
 from dbtstream.unknown_subjects import UnknownSubjects
 from dbtstream.workspace import forget_old_runs
 
@@ -79,6 +87,24 @@ class Worker:
         self._claims = Claims(config, queue_link, services, leases)
         self._slots = Slots(config.worker.slots)
         self._stopping = asyncio.Event()
+        self._started_at = datetime.now(UTC)
+        self._events_out = Flow()  # of runs that have ended here
+
+    def status(self, at: datetime) -> WorkerStatus:
+        """For whoever asks."""
+        slots = self._config.worker.slots
+        return WorkerStatus(
+            worker=self._config.worker_name,
+            version=__version__,
+            host=socket.gethostname(),
+            at=at,
+            started_at=self._started_at,
+            slots=slots,
+            used=slots - self._slots.free,
+            draining=self._stopping.is_set(),
+            projects=sorted(self._config.projects),
+            runs=[execution.at_work(at) for execution in self.executions.values()],
+        )
 
     async def run(self) -> None:
         """Until `stop` was called and what was running has ended."""
@@ -113,6 +139,26 @@ class Worker:
             return False
         execution.stop(Reason.CANCELLED, by=by, text=text)
         return True
+
+    @property
+    def slots_used(self) -> int:
+        return self._config.worker.slots - self._slots.free
+
+    @property
+    def requests(self) -> Flow:
+        stats = self.stats
+        left = stats.given_back + stats.repeated + stats.superseded
+        return Flow(
+            stats.received, sum(stats.finished.values()), left, sum(stats.rejected.values())
+        )
+
+    @property
+    def events(self) -> Flow:
+        """Of all runs since the start."""
+        total = replace(self._events_out)
+        for execution in self.executions.values():
+            total.add(execution.flow)
+        return total
 
     # From the queue to a decision.
 
@@ -271,8 +317,7 @@ class Worker:
             dbt=dbt,
             request_seq=lease.stream_seq,
             stored_at=lease.stored_at,
-            parent=parse_traceparent(lease.headers.get(H_TRACEPARENT)),
-            tracestate=lease.headers.get(H_TRACESTATE, ""),
+            trace=trace_block(lease.headers, self._config.telemetry.baggage),
         )
 
     # Under the lease.
@@ -299,6 +344,7 @@ class Worker:
                 )
             finally:
                 del self.executions[job.run_id]
+                self._events_out.add(execution.flow)
                 watching.cancel()
                 await asyncio.wait({watching})
         if outcome is Outcome.ENDED:

@@ -63,6 +63,7 @@ def prepare_workspace(
     run_id: str,
     traceparent: str,
     *,
+    tracestate: str = "",
     attempt: int = 1,
 ) -> Workspace:
     """Make the attempt's folders (0700) and its environment. Blocking. ConfigError, OSError."""
@@ -94,6 +95,8 @@ def prepare_workspace(
         "DBT_ENV_CUSTOM_ENV_DBTSTREAM_ATTEMPT": str(attempt),
         "TRACEPARENT": traceparent,
     }
+    if tracestate:
+        environment["TRACESTATE"] = tracestate
     if project.target_path is None and cache.is_file():  # dbt refuses a path that is not there
         environment["DBT_PARTIAL_PARSE_FILE_PATH"] = str(cache)
     if project.profiles_dir:

@@ -10,7 +10,14 @@ from typing import Any
 import msgspec
 
 from dbtstream.client import Client
-from dbtstream.config import Config, NatsConfig, ProjectConfig, WorkerConfig
+from dbtstream.config import (
+    Config,
+    HttpConfig,
+    NatsConfig,
+    ProjectConfig,
+    TelemetryConfig,
+    WorkerConfig,
+)
 from dbtstream.daemon import Daemon
 from dbtstream.events import AnyEvent
 from dbtstream.nats_link import NatsLink
@@ -70,6 +77,8 @@ def daemon_config(
     body: str,
     *,
     project: dict[str, Any] | None = None,
+    listen: str = "",
+    telemetry: TelemetryConfig | None = None,
     **worker: Any,
 ) -> Config:
     shop = ProjectConfig(
@@ -87,6 +96,8 @@ def daemon_config(
         nats=nats,
         worker=WorkerConfig(**settings | worker),
         projects={"shop": msgspec.structs.replace(shop, **project or {})},
+        http=HttpConfig(listen=listen),
+        telemetry=telemetry or TelemetryConfig(),
         source="test",
     )
 

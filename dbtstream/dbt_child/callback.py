@@ -125,6 +125,7 @@ class EventCallback:
     def _table(self, queries: bool, query_sql: bool) -> Dict[str, Handler]:
         table: Dict[str, Handler] = {
             "MainReportVersionMsg": self._invocation,
+            "FoundStatsMsg": self._found,
             "ConcurrencyLineMsg": self._plan,
             "NodeStartMsg": self._node_start,
             "LogStartLineMsg": self._start_line,
@@ -161,6 +162,10 @@ class EventCallback:
         self._emit(
             {"t": "invocation", "at": time.time(), "invocation_id": event.info.invocation_id}
         )
+
+    def _found(self, event: Any) -> None:
+        self._emit({"t": "parsed", "at": time.time()})
+        self._log(event)
 
     def _plan(self, event: Any) -> None:
         if self._planned:

@@ -41,6 +41,8 @@ BATCH_BYTES = 2 * 1024 * 1024
 REFUSED_WAIT_S = 15.0
 WINDOW_IS_SURE_S = 0.8 * DUPLICATE_WINDOW_EVENTS_S
 
+OnStored = Callable[[Record, PubAck | None], None]
+
 
 @dataclass(slots=True)
 class PublisherStats:
@@ -73,7 +75,7 @@ class JetStreamPublisher:
         outbox: Outbox,
         *,
         fence: EventFence | None = None,
-        on_stored: Callable[[Record, PubAck | None], None] | None = None,
+        on_stored: OnStored | None = None,
         on_failed: Callable[[Record, str], None] | None = None,
     ) -> None:
         self._link, self._outbox, self._fence = link, outbox, fence

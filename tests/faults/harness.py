@@ -77,6 +77,7 @@ def write_config(
         "nats": {"servers": servers, "reconnect_wait_s": 0.05} | (nats or {}),
         "streams": streams or {},
         "worker": TIMINGS | {"name": name, "state_dir": str(folder / f"state-{name}")} | worker,
+        "http": {"listen": "127.0.0.1:0"},
         "limits": limits or {},
         "projects": projects,
     }

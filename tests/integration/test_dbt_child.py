@@ -356,6 +356,7 @@ def test_an_operation_has_output_but_no_results(start: Start) -> None:
     (warning,) = [text for level, text in lines if level == "warn"]
     assert warning.endswith("mind up")  # 1.12 puts "[WARNING]: " in front
     assert child.result.result_count == -1
+    assert len(child.of(frames.Parsed)) == 1, "when its work begins"
     assert not child.of(frames.Plan)
 
 

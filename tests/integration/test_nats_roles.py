@@ -34,7 +34,7 @@ from dbtstream.config import NatsConfig, StreamsConfig
 from dbtstream.consumer import RequestConsumer
 from dbtstream.embedded import find_nats_server
 from dbtstream.errors import NatsRefused, NatsUnavailable
-from dbtstream.events import RunFinished, RunRejected, RunStarted, encode_event
+from dbtstream.events import AnyEvent, RunFinished, RunRejected, RunStarted, encode_event
 from dbtstream.execution import Services
 from dbtstream.kv_bucket import Bucket
 from dbtstream.lineage_events import LineageDeclared
@@ -101,6 +101,7 @@ PUBLISH: dict[str, set[str]] = {
     "dbt.control.list": REQUESTERS | {WORKER},
     "dbt.control.worker.cancel": {ADMIN, WORKER},
     "dbt.control.worker.owns": {ADMIN, WORKER},
+    "dbt.control.worker.status": REQUESTERS | {WORKER},
     "dbt.control.anything": {ADMIN},
     "$SRV.PING": {ADMIN},
     "$SRV.INFO.dbtstream": {ADMIN},
@@ -223,6 +224,7 @@ SUBSCRIBE: dict[str, set[str]] = {
     "dbt.dead.>": {ADMIN},
     "dbt.control.submit": {ADMIN, WORKER},
     "dbt.control.worker.cancel": {ADMIN, WORKER},
+    "dbt.control.worker.status": {ADMIN, WORKER},
     "$SRV.PING.dbtstream": {ADMIN, WORKER},
     "$KV.dbt_state.>": {ADMIN},
     "$JS.EVENT.ADVISORY.>": {ADMIN},
@@ -375,7 +377,10 @@ class Tried:
 # -- the files -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", ["single.conf", "cluster.conf", "roles.conf"])
+CONFIGS = ["single.conf", "cluster.conf", "roles.conf", "private.conf"]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
 def test_nats_server_takes_the_file(etc: Path, config: str) -> None:
     checked = subprocess.run(
         [NATS_SERVER, "-t", "-c", config],
@@ -388,11 +393,7 @@ def test_nats_server_takes_the_file(etc: Path, config: str) -> None:
 
 
 def test_every_conf_file_is_tried() -> None:
-    assert {path.name for path in DEPLOY.glob("*.conf")} == {
-        "single.conf",
-        "cluster.conf",
-        "roles.conf",
-    }
+    assert {path.name for path in DEPLOY.glob("*.conf")} == set(CONFIGS)
 
 
 def allowed_in_file(role: str, verb: str) -> list[str]:
@@ -613,10 +614,12 @@ GATED = """
 
 @contextlib.asynccontextmanager
 async def daemon_of(
-    broker: Broker, folder: Path, body: str, *, manage: bool = False
+    broker: Broker, folder: Path, body: str, *, manage: bool = False, name: str = "tester"
 ) -> AsyncIterator[Served]:
     """Under the role worker."""
-    config = daemon_config(folder, broker.config(WORKER), body, lease_ttl_s=3, heartbeat_s=1.0)
+    config = daemon_config(
+        folder, broker.config(WORKER), body, lease_ttl_s=3, heartbeat_s=1.0, name=name
+    )
     streams = msgspec.structs.replace(config.streams, manage=manage)
     async with serving(msgspec.structs.replace(config, streams=streams)) as served:
         yield served
@@ -667,6 +670,32 @@ async def test_a_run_from_submitter_to_worker_to_viewer(broker: Broker, tmp_path
                 first.run_id,
                 second.run_id,
             }
+
+
+@pytest.mark.usefixtures("nothing_denied")
+async def test_a_submitter_hears_from_every_worker_and_what_they_do(
+    broker: Broker, tmp_path: Path, until: Callable[[Callable[[], object]], Awaitable[None]]
+) -> None:
+    """From its own account: one question, several answers."""
+    heard: list[AnyEvent] = []
+    names = ("etl-1", "etl-2", "etl-3")
+    async with contextlib.AsyncExitStack() as workers:
+        for name in names:
+            (tmp_path / name).mkdir()
+            await workers.enter_async_context(
+                daemon_of(broker, tmp_path / name, GOOD_RUN, name=name)
+            )
+        async with broker.client(SUBMITTER) as submitter, submitter.live(heard.append):
+            assert tuple(status.worker for status in await submitter.workers()) == names
+            await submitter.submit("shop", ["build"], target="prod")
+            await until(lambda: any(isinstance(event, RunFinished) for event in heard))
+
+
+@pytest.mark.parametrize("role", [VIEWER, SHOP_SUBMITTER, SHOP_VIEWER])
+async def test_who_may_not_ask_control_may_not_ask_workers(broker: Broker, role: str) -> None:
+    async with broker.client(role) as client:
+        with pytest.raises(NatsRefused, match=r"(?i)permissions violation"):
+            await client.workers()
 
 
 @pytest.mark.usefixtures("nothing_denied")
@@ -919,7 +948,7 @@ async def test_control_answers_to_no_subject_but_an_inbox(broker: Broker, tmp_pa
         heard = {reply: await admin.client.subscribe(reply) for reply in replies}
         await admin.client.flush()
         async with Tried.connect(broker.config(SUBMITTER)) as submitter:
-            for verb in ("submit", "cancel", "get", "list"):
+            for verb in ("submit", "cancel", "get", "list", "worker.status"):
                 body = b'{"run_id":"x"}' if verb in ("cancel", "get") else b"{}"
                 for reply in replies:
                     assert await submitter.publish(f"dbt.control.{verb}", body, reply=reply)
@@ -1015,7 +1044,7 @@ async def test_the_commands_work_under_their_roles(broker: Broker, tmp_path: Pat
         code, said, problems = await dbtstream(submitter, *run)
         assert code == 0, problems
         run_id = json.loads(said.splitlines()[-1])["run_id"]
-        for words in (("ps", "--all"), ("show", "last")):
+        for words in (("ps", "--all"), ("show", "last"), ("top", "--once"), ("top", "--json")):
             code, said, problems = await dbtstream(submitter, *words)
             assert (code, run_id[-8:] in said) == (0, True), said + problems
         _, said, problems = await dbtstream(write_config(broker, WORKER), "check")

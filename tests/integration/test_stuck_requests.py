@@ -90,6 +90,8 @@ class Queue:
         async with asyncio.timeout(30):
             while await self.count(ADVISORIES_STREAM) == before:
                 pass
+            if await self.count(RUNS_STREAM) > 1:
+                await asking  # it is handed the next one, which a cancelled pull would swallow
         asking.cancel()
         await asyncio.wait({asking})
         if not asking.cancelled() and (lease := asking.result()) is not None:

@@ -47,6 +47,7 @@ async def worker(
     flag: Path,
     *,
     body: str = DIAMOND,
+    more: str = "",
     **settings: object,
 ) -> AsyncIterator[Serve]:
     folder = tmp_path / name
@@ -77,6 +78,7 @@ state_dir = "{folder / "state"}"
 path = "{project_folder(tmp_path)}"
 targets = ["dev"]
 python = "{scripted_child(folder / "child", body % str(flag))}"
+{more}
 """,
         encoding="utf-8",
     )

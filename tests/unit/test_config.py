@@ -129,7 +129,9 @@ class TestUnknownKeys:
     def test_of_the_file_name_the_tables(self, tmp_path: Path) -> None:
         error = refused(tmp_path, "[wroker]\nslots = 3\n")
         assert error.key == "wroker"
-        assert error.hint == ("accepted: nats, streams, worker, log, openlineage, limits, projects")
+        assert error.hint == (
+            "accepted: nats, streams, worker, log, openlineage, telemetry, http, limits, projects"
+        )
 
     def test_the_internal_source_is_not_a_key(self, tmp_path: Path) -> None:
         assert refused(tmp_path, 'source = "x"').key == "source"

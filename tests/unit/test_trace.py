@@ -2,7 +2,16 @@
 
 import pytest
 
-from dbtstream.trace import TraceParent, parse_traceparent, span_id_of, trace_id_of
+from dbtstream.events import TraceBlock
+from dbtstream.trace import (
+    TraceContext,
+    TraceParent,
+    parse_traceparent,
+    run_trace_id,
+    span_id_of,
+    trace_block,
+    trace_id_of,
+)
 from tests.stories import RUN_ID
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -73,3 +82,52 @@ def test_things_that_differ_have_spans_that_differ() -> None:
 
     assert len(set(spans)) == len(spans)
     assert all(len(span) == 16 and int(span, 16) for span in spans)
+
+
+PARENT = f"00-{TRACE}-{SPAN}-01"
+
+
+@pytest.mark.parametrize(
+    ("how", "flags", "trace_id"),
+    [
+        ("parent", "01", TRACE),
+        ("parent", "03", TRACE),  # sampled, and the id is random
+        ("parent", "00", trace_id_of(RUN_ID)),
+        ("link", "01", trace_id_of(RUN_ID)),
+        ("ignore", "01", trace_id_of(RUN_ID)),
+    ],
+)
+def test_a_run_is_in_its_requesters_trace_where_that_is_sampled(
+    how: TraceContext, flags: str, trace_id: str
+) -> None:
+    parent = parse_traceparent(f"00-{TRACE}-{SPAN}-{flags}")
+
+    assert run_trace_id(RUN_ID, parent, how) == trace_id
+    assert run_trace_id(RUN_ID, None, how) == trace_id_of(RUN_ID)
+
+
+def test_a_requests_trace_context_is_read_however_its_headers_are_written() -> None:
+    """NATS keeps the case of names, and Go's carriers write `Traceparent`."""
+    headers = {
+        "Traceparent": PARENT,
+        "TRACESTATE": "rojo=1",
+        "Baggage": "tenant=acme%20inc;p=1, team = data ,secret=x",
+    }
+
+    assert trace_block(headers, ["team", "tenant", "absent"]) == TraceBlock(
+        traceparent=PARENT, tracestate="rojo=1", baggage={"team": "data", "tenant": "acme inc"}
+    )
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"traceparent": "nonsense"},
+        {"tracestate": "a=\x00"},
+        {"baggage": "tenant=acme"},
+        {"baggage": ",;=,=x"},
+    ],
+)
+def test_without_anything_of_use_there_is_no_context(headers: dict[str, str]) -> None:
+    assert trace_block(headers) is None

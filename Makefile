@@ -12,13 +12,16 @@ DBT_VERSIONS := $(patsubst tests/dbt-versions/%.txt,%,$(wildcard tests/dbt-versi
 # Every dbt that is started from here, and stays quiet about it.
 export DBT_SEND_ANONYMOUS_USAGE_STATS := 0
 
-.PHONY: demo test lint schemas node-packages receivers
+.PHONY: demo telemetry-demo test lint schemas dashboards node-packages prometheus receivers
 .PHONY: test-dbt-versions test-faults bench constraints clean
 
 demo: $(VENV)/.installed  ## A sample project, from request to events.
 	$(BIN)/dbtstream demo
 
-test: lint node-packages receivers  ## What CI runs.
+telemetry-demo: prometheus  ## The sample project in five ways: a trace, and what every panel says.
+	$(BIN)/python -m tests.telemetry_demo
+
+test: lint node-packages prometheus receivers  ## What CI runs.
 	$(BIN)/python -m pytest --ignore=tests/bench
 
 lint: $(VENV)/.installed-dev
@@ -28,6 +31,13 @@ lint: $(VENV)/.installed-dev
 
 schemas: $(VENV)/.installed-dev  ## Write schemas/ anew; read the difference before it goes in.
 	$(BIN)/dbtstream schema --output schemas
+
+dashboards: $(VENV)/.installed-dev  ## Write deploy/grafana/dashboards anew, from the code beside it.
+	$(BIN)/python -m deploy.grafana.source
+
+# From Debian's packages where there are none, without installing them: see tests/prometheus.py.
+prometheus: $(VENV)/.installed-dev  ## prometheus, promtool and amtool, for dashboards and alerts.
+	@$(BIN)/python -m tests.prometheus
 
 node-packages: $(NODE_PACKAGES)  ## For the tests that read schemas/ and the examples with Node.
 

@@ -28,8 +28,8 @@ Read `execution` first. A module imports only from the layers before its own:
                      (lease_renewal lease_keys)
                      store lineage_store (kv_bucket lineage_bucket write_behind) run_state
                      dead_letters outbox (outbox_file) publishers workspace artifacts
-                     artifact_store (object_bucket) project_python duckdb_file dbt_process
-                     sql_process
+                     artifact_store (object_bucket) project_python duckdb_file
+                     dbt_process (templates template forked_process) sql_process
                      observers metrics (otel_sdk queue_depth) pulse http_port
     3 orchestration  execution (job attempt_events watchdog predecessor) asset_events (declared
                      build_columns) worker (claims slots queue_watch) rejection recovery

@@ -153,6 +153,7 @@ class WorkerConfig(Section, frozen=True, kw_only=True):
     lease_ttl_s: int = 120  # and without one for so long, it may take over the run
     heartbeat_s: float = 15.0  # of requests and leases
     cut_off: Literal["auto", "stop", "go_on"] = "auto"  # dbt, when its lease cannot be renewed
+    warm_starts: Literal["off", "imports"] = "off"  # fork dbt from a process that has imported it
     max_attempts: int = 5  # of a run whose workers die; then it is lost
     max_deliveries: int = 1000  # of a request that no worker settles; then it is a dead letter
     outbox_max_bytes: int = 1024**3  # per run
@@ -251,6 +252,7 @@ class ProjectConfig(Section, frozen=True, kw_only=True):
     timeout_s: float | None = None
     silence_timeout_s: float | None = None
     on_lost: Literal["resume", "restart", "fail"] = "resume"  # for runs whose worker died
+    speedups: bool = True  # dbt's cycle check in linear time; off: dbt as it is
     limits: tuple[str, ...] = ()  # of the table [limits], each taken for as long as dbt runs
     content_type: Literal["application/json", "application/msgpack"] = "application/json"
     labels: dict[str, str] = {}

@@ -43,6 +43,7 @@ from dbtstream.store import MAX_LISTED, NodeStates, Store
 from dbtstream.streams import check_streams, ensure_streams
 from dbtstream.telemetry import CLOSE_S as TELEMETRY_CLOSE_S
 from dbtstream.telemetry import Telemetry
+from dbtstream.templates import Templates
 from dbtstream.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -190,7 +191,12 @@ class Daemon:
         )
         openlineage = await asyncio.to_thread(OpenLineageOut, self.config, events)
         self.openlineage = openlineage.senders
-        async with SqlReader() as sql_reader, asyncio.TaskGroup() as parts:
+        async with (
+            SqlReader() as sql_reader,
+            Templates(limits.warm_starts) as templates,
+            asyncio.TaskGroup() as parts,
+        ):
+            templates.prepare(self.config)
             services = Services(
                 self.config,
                 events,
@@ -199,6 +205,7 @@ class Daemon:
                 ArtifactStore(events),
                 lineage,
                 sql_reader,
+                templates,
                 self._telemetry.observer,
                 self._telemetry.on_stored,
             )

@@ -1,10 +1,11 @@
 """One dbt child: start it, read its frames, stop it, say how it ended.
 
 The other side is `dbt_child/`, started by path in the project's interpreter, in a session of
-its own. Frames come over a pipe that only we and the child hold; stdout and stderr are text,
-of which the last bytes are kept and nothing is parsed. Control is lines on the child's stdin;
-closing it (or dying) tells the child to cancel dbt, and so does a deadline that passes: the
-child keeps it by itself, however long we are not there to ask.
+its own, or forked from a template that has imported dbt (`templates`). Frames come over a
+pipe that only we and the child hold; stdout and stderr are text, of which the last bytes are
+kept and nothing is parsed. Control is lines on the child's stdin; closing it (or dying) tells
+the child to cancel dbt, and so does a deadline that passes: the child keeps it by itself,
+however long we are not there to ask.
 """
 
 import asyncio
@@ -13,15 +14,17 @@ import os
 import re
 import signal
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from dbtstream.errors import ChildCrashed, ChildNotStarted, EngineRefused, HandshakeTimeout
 from dbtstream.event_base import MAX_TEXT_BYTES
+from dbtstream.forked_process import ForkedProcess
 from dbtstream.frames import (
     CONTROL_CANCEL,
     LENGTH_BYTES,
@@ -34,6 +37,7 @@ from dbtstream.frames import (
     decode_frame,
     frame_length,
 )
+from dbtstream.templates import Templates
 
 CHILD = Path(__file__).parent / "dbt_child"
 TAIL_BYTES = 64 * 1024
@@ -53,9 +57,10 @@ _STACK_HEAD = re.compile(r"^(?=Thread 0x|Current thread 0x)", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How the process left. `code` is negative for a signal, as in subprocess."""
+    """How the process left. `code` is negative for a signal, as in subprocess; None where nobody
+    knows, since the template that it was forked from died before it."""
 
-    code: int
+    code: int | None
     at: datetime
     oom: bool
     output_tail: str
@@ -66,7 +71,7 @@ class DbtProcess:
 
     def __init__(
         self,
-        process: asyncio.subprocess.Process,
+        process: asyncio.subprocess.Process | ForkedProcess,
         frames: asyncio.StreamReader,
         pipe: asyncio.BaseTransport,
         stack_file: Path | None,
@@ -74,6 +79,7 @@ class DbtProcess:
         self.pid = process.pid
         self._greeted = False
         self._early: list[AnyFrame] = []
+        self._on_adapter: Callable[[str], None] = lambda _: None
         self._stack_file = stack_file
         self._process = process
         self._frames = frames
@@ -84,36 +90,43 @@ class DbtProcess:
         self._oom_kills = _NO_OOM_COUNTER
 
     @classmethod
-    async def start(cls, python: str, start: Start, *, environment: dict[str, str]) -> "DbtProcess":
+    async def start(
+        cls,
+        python: str,
+        start: Start,
+        *,
+        environment: dict[str, str],
+        templates: Templates | None = None,
+    ) -> "DbtProcess":
         """Start the child and hand it its work. Raises ChildNotStarted."""
         reading, writing = os.pipe()
         frames = asyncio.StreamReader(limit=PIPE_BUFFER_BYTES)
-        try:
-            process = await asyncio.create_subprocess_exec(
-                python,
-                str(CHILD),
-                "--fd",
-                str(writing),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                pass_fds=(writing,),
-                cwd=start.project_dir,
-                env=environment,
-                start_new_session=True,  # a Ctrl-C in our terminal is ours; and killpg works
-            )
-        except OSError as error:
-            os.close(reading)
-            raise ChildNotStarted(python, error.strerror or str(error)) from error
-        finally:
-            os.close(writing)
+        process: asyncio.subprocess.Process | ForkedProcess | None = None
         pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(frames), os.fdopen(reading, "rb", 0)
         )
+        try:
+            if templates is not None:
+                process = await templates.fork(
+                    python, start.project_dir, environment, start.secret_env, writing
+                )
+            if process is None:
+                process = await _begin(python, start.project_dir, environment, writing)
+        except BaseException:
+            pipe.close()
+            raise
+        finally:
+            os.close(writing)
         stack_file = Path(start.stack_file) if start.stack_file else None
         child = cls(process, frames, pipe, stack_file)
-        child._oom_kills = await asyncio.to_thread(_oom_kills)
-        await child._tell(msgspec.json.encode(start) + b"\n")
+        if templates is not None:
+            child._on_adapter = partial(templates.learn, python)
+        try:
+            child._oom_kills = await asyncio.to_thread(_oom_kills)
+            await child._tell(msgspec.json.encode(start) + b"\n")
+        except BaseException:
+            await asyncio.shield(child.close())
+            raise
         return child
 
     async def hello(self, *, timeout_s: float) -> Hello:
@@ -132,6 +145,8 @@ class DbtProcess:
         match first:
             case Hello():
                 self._greeted = True
+                if first.adapter_type and first.adapter_version:  # else it is not installed
+                    self._on_adapter(first.adapter_type)
                 return first
             case Refused():
                 raise EngineRefused(first.code, first.message, first.engine)
@@ -196,6 +211,9 @@ class DbtProcess:
 
     def kill(self) -> None:
         """SIGKILL to the child's process group: itself and whatever it started."""
+        if isinstance(self._process, ForkedProcess):
+            self._process.kill_group()
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
@@ -229,6 +247,8 @@ class DbtProcess:
         self._pipe.close()
         if self._process.stdin is not None:
             self._process.stdin.close()
+        if isinstance(self._process, ForkedProcess):
+            self._process.close()
 
     @property
     def output_tail(self) -> str:
@@ -266,6 +286,28 @@ class DbtProcess:
             self._tail_bytes += len(chunk)
             while self._tail_bytes - len(self._tail[0]) >= TAIL_BYTES:
                 self._tail_bytes -= len(self._tail.popleft())
+
+
+async def _begin(
+    python: str, folder: str, environment: dict[str, str], frames: int
+) -> asyncio.subprocess.Process:
+    """A process of the interpreter's own. Raises ChildNotStarted."""
+    try:
+        return await asyncio.create_subprocess_exec(
+            python,
+            str(CHILD),
+            "--fd",
+            str(frames),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            pass_fds=(frames,),
+            cwd=folder,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C in our terminal is ours; and killpg works
+        )
+    except OSError as error:
+        raise ChildNotStarted(python, error.strerror or str(error)) from error
 
 
 async def _settled(file: Path, begin: int) -> str:

@@ -63,6 +63,7 @@ from dbtstream.scrub import Scrubber
 from dbtstream.sql_process import SqlReader
 from dbtstream.statuses import Reason, RunStatus
 from dbtstream.store import NodeStates, Store
+from dbtstream.templates import Templates
 from dbtstream.trace import run_trace_id, span_id_of, tracestate_in
 from dbtstream.watchdog import Stop, Watchdog
 from dbtstream.workspace import Workspace, keep_parse_cache, prepare_workspace
@@ -90,6 +91,7 @@ class Services:
     artifacts: ArtifactStore
     lineage: LineageStore
     sql_reader: SqlReader
+    templates: Templates | None = None
     observer: Observer = field(default_factory=Nobody)
     on_stored: OnStored | None = None
 
@@ -416,7 +418,10 @@ class Execution:
         )
         self._normalizer.spawned(_now())
         process = await DbtProcess.start(
-            job.project.python, start, environment=workspace.environment
+            job.project.python,
+            start,
+            environment=workspace.environment,
+            templates=self._services.templates,
         )
         self._claim.lease.on_deadline(process.set_deadline)
         return process

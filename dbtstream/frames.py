@@ -45,6 +45,7 @@ class Hello(Frame, frozen=True, kw_only=True, tag="hello"):
     adapter_type: str | None  # of the target that will be used; None if it cannot be told
     adapter_version: str | None
     start: str = "cold"  # cold, warm (forked with imports), manifest (forked with a parse)
+    speedups: list[str] = []  # those of `dbt_child.speedups` that are in effect
 
 
 class Refused(Frame, frozen=True, kw_only=True, tag="refused"):
@@ -477,6 +478,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     compiled_code: bool = False  # with node_finish
     adapter_columns: bool = False  # ask the adapter for the columns of what was built
     selectors: dict[str, str] = {}  # name -> dbt's selection syntax
+    speedups: bool = True  # where dbt is known to give the same, let it be done faster
 
 
 # Control lines, parent -> child, after Start. EOF means the parent died: cancel.

@@ -168,6 +168,7 @@ def child_start(
         compiled_code=(project.lineage.emit or project.assets.emit) and job.dbt.command in COMMANDS,
         adapter_columns=project.lineage.adapter_columns,
         selectors=project.selectors,
+        speedups=project.speedups,
     )
 
 

@@ -69,7 +69,13 @@ def _config(url: str, state: Path, name: str, project: ProjectConfig, source: st
         nats=NatsConfig(servers=(url,)),
         streams=StreamsConfig(events_max_bytes=EVENTS_MAX_BYTES),
         http=HttpConfig(listen=""),
-        worker=WorkerConfig(name="local", slots=1, state_dir=str(state), drain_timeout_s=DRAIN_S),
+        worker=WorkerConfig(
+            name="local",
+            slots=1,
+            state_dir=str(state),
+            drain_timeout_s=DRAIN_S,
+            warm_starts="off",  # a template is for the runs to come, and there are few or none
+        ),
         projects={name: project},
         source=source,
     )

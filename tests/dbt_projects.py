@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 
 import duckdb
 import msgspec
+import pytest
 
 from dbtstream.frames import (
     LENGTH_BYTES,
@@ -33,6 +34,7 @@ from dbtstream.frames import (
     decode_frame,
     frame_length,
 )
+from tests.warm_children import ForkedChild, RefusedToFork, WarmChildren
 
 CHILD = Path(__file__).parents[1] / "dbtstream" / "dbt_child"
 PYTHON = os.environ.get("DBTSTREAM_TEST_PYTHON", sys.executable)
@@ -302,8 +304,10 @@ class Child:
         python: list[str] | None = None,
         env: Mapping[str, str] | None = None,
         start_line: bytes | None = None,
+        warm: WarmChildren | None = None,
         **start: Any,
     ) -> None:
+        """With `warm`, it is forked from a template of that."""
         ours, theirs = os.pipe()
         self.project = project
         self._frames = os.fdopen(ours, "rb")
@@ -311,17 +315,32 @@ class Child:
         self.frames: list[AnyFrame] = []
         self.output_path = project / "child.out"
         self._output = (project / "child.out").open("wb")
-        self.process = subprocess.Popen(
-            [*(python or [PYTHON]), str(CHILD), "--fd", str(theirs)],
-            stdin=subprocess.PIPE,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            cwd=project,
-            pass_fds=(theirs,),
-            start_new_session=True,
-            env=child_env(project, env),
-        )
-        os.close(theirs)
+        environment = child_env(project, env)
+        self.process: subprocess.Popen[bytes] | ForkedChild
+        try:
+            if warm is not None:
+                if "PYTHONPATH" in environment:
+                    environment["PYTHONPATH"] = str(project / environment["PYTHONPATH"])
+                self.process = warm.fork(
+                    python or [PYTHON], project, environment, theirs, self._output.fileno()
+                )
+            else:
+                self.process = subprocess.Popen(
+                    [*(python or [PYTHON]), str(CHILD), "--fd", str(theirs)],
+                    stdin=subprocess.PIPE,
+                    stdout=self._output,
+                    stderr=subprocess.STDOUT,
+                    cwd=project,
+                    pass_fds=(theirs,),
+                    start_new_session=True,
+                    env=environment,
+                )
+        except BaseException:
+            self._frames.close()
+            self._output.close()
+            raise
+        finally:
+            os.close(theirs)
         begin = Start(args=args, project_dir=str(project), **start)
         self.control(msgspec.json.encode(begin) + b"\n" if start_line is None else start_line)
 
@@ -392,7 +411,7 @@ Starting = Callable[..., Child]
 
 
 @contextmanager
-def children(root: Path) -> Iterator[Starting]:
+def children(root: Path, warm: WarmChildren | None = None) -> Iterator[Starting]:
     """Starts children of one project, and ends them whatever happens."""
     started: list[Child] = []
 
@@ -400,7 +419,10 @@ def children(root: Path) -> Iterator[Starting]:
         config = options.pop("config", {})
         threads = options.pop("threads", 2)
         project = write_project(root, files, threads=threads, **config)
-        started.append(Child(project, args, **options))
+        try:
+            started.append(Child(project, args, warm=warm, **options))
+        except RefusedToFork as refused:
+            pytest.skip(f"it would start cold: {refused}")
         return started[-1]
 
     try:

@@ -12,6 +12,7 @@ syntax floor Python 3.8 (dbt 1.8). `__main__` loads this folder as the package
     stop        how dbt is interrupted, so that it really stops
     callback    dbt's events -> frames, on dbt's own threads
     event_names which events are log lines
+    speedups    what dbt does slowly, done faster where it is the same
     readers     values out of dbt's messages
     plan        what dbt has selected, from the live task; the frames of it and around it
     nodes       one node of the manifest
@@ -23,4 +24,7 @@ syntax floor Python 3.8 (dbt 1.8). `__main__` loads this folder as the package
     results     what invoke returned -> frames
     channel     the queue and the one thread that writes frames
     scrub       secrets out, lengths bounded, only what JSON can carry
+    template    a process that has imported dbt, and that runs are forked from
+    imports     what it imports, and what those imports read of the environment
+    fingerprint what is installed, so that a template knows when it is out of date
 """

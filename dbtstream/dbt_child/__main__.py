@@ -1,4 +1,6 @@
-"""Start: `python <this folder> --fd N`. Makes the folder one package, and leaves no trace.
+"""Start: `python <this folder> --fd N`, or `--template N MAX_RUNS` for what runs are forked from.
+
+Makes the folder one package, and leaves no trace.
 
 Python puts the folder itself on `sys.path`, where its modules would shadow others; the `dbt`
 command has neither it nor the working directory there, so neither have we.
@@ -28,4 +30,5 @@ if __name__ == "__main__":
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
     load_package(here)
-    importlib.import_module(PACKAGE + ".main").main(sys.argv[1:])
+    story = ".template" if sys.argv[1:2] == ["--template"] else ".main"
+    importlib.import_module(PACKAGE + story).main(sys.argv[1:])

@@ -61,9 +61,9 @@ def installed_dbt() -> str:
 def adapter(args: List[str]) -> Tuple[Optional[str], Optional[str]]:
     """Type and version of the target's adapter, as far as plain YAML tells; else None."""
     try:
-        kind = _target_type(args) or _only_adapter()
+        kind = _target_type(args) or only_adapter()
     except Exception:  # any mistake in a project's YAML is dbt's to tell, in its own words
-        kind = _only_adapter()
+        kind = only_adapter()
     return kind, _version(f"dbt-{kind}") if kind else None
 
 
@@ -81,7 +81,8 @@ def _release(version: str) -> Tuple[int, int]:
     return (int(match.group(1)), int(match.group(2) or 0)) if match else (0, 0)
 
 
-def _only_adapter() -> Optional[str]:
+def only_adapter() -> Optional[str]:
+    """The type of the one that is installed; None where there are several, or none."""
     names = set()
     for distribution in metadata.distributions():
         name = str(distribution.metadata["Name"] or "").lower().replace("_", "-")

@@ -16,9 +16,9 @@ import signal
 import sys
 import time
 import traceback
-from typing import Any, Dict, List, NoReturn, Optional
+from typing import Any, Callable, Dict, List, NoReturn, Optional
 
-from . import engine
+from . import engine, speedups
 from .callback import EventCallback, MeasuredCallback
 from .channel import Channel
 from .control import Control, die_with_parent, take_stdin
@@ -36,21 +36,30 @@ END_S = 60.0  # for everything after dbt's return
 
 
 def main(argv: List[str]) -> NoReturn:
+    """A process of its own: `python dbt_child --fd N`."""
+    invoke_dbt(lambda: Child(_frame_fd(argv)))
+
+
+def invoke_dbt(make_child: Callable[[], "Child"]) -> NoReturn:
     code = EXIT_BROKEN
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what is printed must not die with us
             stream.reconfigure(line_buffering=True)
     try:
-        code = Child(_frame_fd(argv)).run()
+        code = make_child().run()
     except BaseException:
         traceback.print_exc()
-    _leave(code)
+    leave(code)
 
 
 class Child:
-    """The parts, wired; `run` uses them in the order in which things happen."""
+    """The parts, wired; `run` uses them in the order in which things happen.
 
-    def __init__(self, frame_fd: int) -> None:
+    `start` is what its process was before: nothing (cold), or a template (warm).
+    """
+
+    def __init__(self, frame_fd: int, start: str = "cold") -> None:
+        self._start = start
         self._channel = Channel(frame_fd, Scrubber(secret_values(os.environ)))
         self._stop = Stop(self._channel)
         self._control = Control(take_stdin(), self._stop)
@@ -62,7 +71,8 @@ class Child:
     def run(self) -> int:
         """The exit code of the process."""
         self._stop.install()
-        die_with_parent()
+        if self._start == "cold":
+            die_with_parent()  # of a fork, the template is: its death is nothing to the run
         _as_batch_work()
         try:
             start = self._control.read_start()
@@ -90,8 +100,9 @@ class Child:
         os.chdir(start["project_dir"])
         args: List[str] = start["args"]
         sys.argv = ["dbt", *args]  # dbt writes it into its artifacts
-        runner_class, result_class = _import_dbt(version)
-        self._channel.emit(_hello(version, args))
+        runner_class, result_class = import_dbt(version)
+        faster = speedups.apply(version) if start.get("speedups", True) else []
+        self._channel.emit(_hello(version, args, self._start, faster))
 
         runner = runner_class(callbacks=[self._make_callback(start)])
         prepared = prepare(args, start.get("retry"))
@@ -169,7 +180,8 @@ def _tell_stacks(path: Optional[str]) -> None:
     faulthandler.register(signal.SIGUSR1, file=fd, all_threads=True)
 
 
-def _import_dbt(version: str) -> Any:
+def import_dbt(version: str) -> Any:
+    """dbt's runner and its result. Raises engine.Refusal."""
     try:
         from dbt.cli.main import dbtRunner, dbtRunnerResult
     except Exception as error:
@@ -183,7 +195,7 @@ def _import_dbt(version: str) -> Any:
     return dbtRunner, dbtRunnerResult
 
 
-def _hello(version: str, args: List[str]) -> Dict[str, Any]:
+def _hello(version: str, args: List[str], start: str, faster: List[str]) -> Dict[str, Any]:
     adapter_type, adapter_version = engine.adapter(args)
     return {
         "t": "hello",
@@ -194,7 +206,8 @@ def _hello(version: str, args: List[str]) -> Dict[str, Any]:
         "dbt_version": version,
         "adapter_type": adapter_type,
         "adapter_version": adapter_version,
-        "start": "cold",
+        "start": start,
+        "speedups": faster,
     }
 
 
@@ -222,7 +235,7 @@ def _failed(error: BaseException, stats: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """End at once: a normal exit runs destructors of adapters that print and may hang."""
     try:
         sys.stdout.flush()

@@ -18,22 +18,25 @@ from dbtstream import frames
 from tests import dbt_projects as projects
 from tests.dbt_projects import PYTHON, Child, finished, planned, results
 from tests.dbt_projects import Starting as Start
+from tests.warm_children import WarmChildren
 
 VERSION = projects.dbt_release(PYTHON)
 since_1_9 = pytest.mark.skipif(VERSION < (1, 9), reason="dbt 1.8 has no microbatch")
 since_1_10 = pytest.mark.skipif(VERSION < (1, 10), reason="before dbt 1.10 no exposure is built")
 
+pytestmark = pytest.mark.parametrize("warm", ["cold", "warm"], indirect=True)
+
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with projects.children(tmp_path) as begin:
+def start(tmp_path: Path, warm: WarmChildren | None) -> Iterator[Start]:
+    with projects.children(tmp_path, warm) as begin:
         yield begin
 
 
 # A run from its first frame to its last.
 
 
-def test_a_build_is_told_whole_and_in_order(start: Start) -> None:
+def test_a_build_is_told_whole_and_in_order(start: Start, warm: WarmChildren | None) -> None:
     """Hello first, result last, no hole; plan, finishes and results name the same nodes."""
     child = start(projects.shop(), ["build"])
     assert child.end() == 0
@@ -46,7 +49,7 @@ def test_a_build_is_told_whole_and_in_order(start: Start) -> None:
     assert tuple(int(part) for part in hello.dbt_version.split(".")[:2]) == VERSION
     assert hello.adapter_type == "duckdb"
     assert hello.adapter_version
-    assert hello.start == "cold"
+    assert hello.start == ("warm" if warm else "cold")
 
     nodes = planned(child)
     assert {node.name for node in nodes.values()} == {

@@ -10,14 +10,15 @@ from dbtstream import frames
 from dbtstream.frames import Columns, NodeFinish
 from tests import dbt_projects as projects
 from tests.dbt_projects import PYTHON, Child, Starting, finished
+from tests.warm_children import WarmChildren
 
 VERSION = projects.dbt_release(PYTHON)
 since_1_9 = pytest.mark.skipif(VERSION < (1, 9), reason="dbt 1.8 has no microbatch")
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Starting]:
-    with projects.children(tmp_path) as begin:
+def start(tmp_path: Path, warm: WarmChildren | None) -> Iterator[Starting]:
+    with projects.children(tmp_path, warm) as begin:
         yield begin
 
 

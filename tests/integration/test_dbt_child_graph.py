@@ -15,6 +15,7 @@ from dbtstream.event_base import Relation
 from dbtstream.frames import MAX_FRAME_BYTES, NodeFinish, PlannedNode
 from tests import dbt_projects as projects
 from tests.dbt_projects import PYTHON, Child, Starting, around, finished, graph_of, planned
+from tests.warm_children import WarmChildren
 
 VERSION = projects.dbt_release(PYTHON)
 since_1_9 = pytest.mark.skipif(VERSION < (1, 9), reason="dbt 1.8 has no microbatch")
@@ -22,8 +23,8 @@ HOOK = {"on-run-start": [projects.LINEAGE_HOOK]}
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Starting]:
-    with projects.children(tmp_path) as begin:
+def start(tmp_path: Path, warm: WarmChildren | None) -> Iterator[Starting]:
+    with projects.children(tmp_path, warm) as begin:
         yield begin
 
 

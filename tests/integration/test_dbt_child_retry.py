@@ -20,14 +20,15 @@ from dbtstream.frames import EarlierResult, Retry
 from tests import dbt_projects as projects
 from tests.dbt_projects import PYTHON, Child, finished, planned, results, rows
 from tests.dbt_projects import Starting as Start
+from tests.warm_children import WarmChildren
 
 VERSION = projects.dbt_release(PYTHON)
 since_1_9 = pytest.mark.skipif(VERSION < (1, 9), reason="dbt 1.8 has no microbatch")
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with projects.children(tmp_path) as begin:
+def start(tmp_path: Path, warm: WarmChildren | None) -> Iterator[Start]:
+    with projects.children(tmp_path, warm) as begin:
         yield begin
 
 

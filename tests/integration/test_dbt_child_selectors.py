@@ -9,6 +9,7 @@ import pytest
 from dbtstream import frames
 from tests import dbt_projects as projects
 from tests.dbt_projects import Child, Starting, around, graph_of, planned
+from tests.warm_children import WarmChildren
 
 SELECTORS = {
     "by_name": "orders",
@@ -45,8 +46,8 @@ FILES = {
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Starting]:
-    with projects.children(tmp_path) as begin:
+def start(tmp_path: Path, warm: WarmChildren | None) -> Iterator[Starting]:
+    with projects.children(tmp_path, warm) as begin:
         yield begin
 
 

@@ -18,11 +18,14 @@ from dbtstream.frames import clock_s, deadline_line
 from tests import dbt_projects as projects
 from tests.dbt_projects import Child, finished
 from tests.dbt_projects import Starting as Start
+from tests.warm_children import WarmChildren
+
+pytestmark = pytest.mark.parametrize("warm", ["cold", "warm"], indirect=True)
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with projects.children(tmp_path) as begin:
+def start(tmp_path: Path, warm: WarmChildren | None) -> Iterator[Start]:
+    with projects.children(tmp_path, warm) as begin:
         yield begin
 
 

@@ -520,7 +520,7 @@ def test_the_adapter_is_read_from_the_profile_or_not_known(
     dist(tmp_path, "dbt-postgres", "1.8.1")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    monkeypatch.setattr(engine, "_only_adapter", lambda: None)
+    monkeypatch.setattr(engine, "only_adapter", lambda: None)
     for name in ("DBT_PROFILES_DIR", "DBT_PROJECT_DIR", "DBT_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DBT_TARGET", target)

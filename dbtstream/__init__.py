@@ -17,7 +17,7 @@ Read `execution` first. A module imports only from the layers before its own:
     1 pure           runs policy scrub trace (log_context) normalizer (endings envelope
                      ledger node_events verdict phases dbt_values) resume
                      measurements (error_types readings) span_mapping (span_attributes
-                     span_texts) log_records
+                     span_texts) log_records otlp_encoding
                      assets (asset_schema) lineage (datasets duckdb_catalogs connection_words
                      node_options)
                      lineage_graph (lineage_find lineage_views lineage_drawings)

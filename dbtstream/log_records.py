@@ -1,6 +1,6 @@
 """dbt's warnings and errors as OpenTelemetry log records, beside the spans. Pure.
 
-Layer 1; `publishers.otel_logs` sends them. A record has the ids of the span that it is about, and
+Layer 1; `publishers.otel` sends them. A record has the ids of the span that it is about, and
 its `event_name` is dbt's name of the event. dbt tells how a node ended in an event of its own, so
 what warned and what failed is a record here whatever the project's `log_level`.
 """

@@ -179,6 +179,7 @@ class AttemptMeasurements:
     _where: dict[str, str]
     _project: dict[str, str]
     _checked: dict[str, SourceCheck] = field(default_factory=dict)
+    _at_zero: set[str] = field(default_factory=set)  # owners whose counters have begun
 
     @classmethod
     def of(
@@ -210,13 +211,18 @@ class AttemptMeasurements:
 
     # -- nodes ---------------------------------------------------------------------------------
 
-    def _expected(self, event: NodeStarted) -> list[Measurement]:
+    def _expected(self, event: NodeStarted) -> Iterable[Measurement]:
         """An owner's counters begin at 0 before there can be a problem."""
+        new = [owner for owner in self._owners(event.node.owners) if owner not in self._at_zero]
+        if not new:
+            return ()
+        self._at_zero.update(new)
         return [
-            Measurement(i.NODE_PROBLEMS, 0, attributes)
-            for owner in self._owners(event.node.owners)
+            Measurement(
+                i.NODE_PROBLEMS, 0, self._where | {i.OWNER: owner, i.NODE_STATUS: status.value}
+            )
+            for owner in new
             for status in PROBLEMS
-            if (attributes := self._where | {i.OWNER: owner, i.NODE_STATUS: status.value})
         ]
 
     def _node(self, event: NodeFinished) -> list[Measurement]:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from nats.js.api import PubAck
@@ -93,13 +93,13 @@ class Metrics:
     def stored(self, record: Record, ack: PubAck | None) -> None:
         """JetStream has the event."""
         name = record.subject.split(".", 5)[4]
-        family = {i.FAMILY: name}
-        self.record([Measurement(i.EVENT_PUBLISHED, 1, family)])
+        published, label = self._totals[i.EVENT_PUBLISHED.name], _family(name)
+        published[label] = published.get(label, 0) + 1
         now = time.time()
         if now - self._lag_told_at.get(name, 0.0) >= LAG_EVERY_S:
             self._lag_told_at[name] = now
             lag_s = max(now - _told_at(record), 0.0)
-            self.record([Measurement(i.EVENT_LAG, lag_s, family)])
+            self.record([Measurement(i.EVENT_LAG, lag_s, {i.FAMILY: name})])
 
     def loop_lag(self, lag_s: float) -> None:
         self.record([Measurement(i.LOOP_LAG, lag_s, {})])
@@ -245,6 +245,11 @@ def _zeros() -> list[Measurement]:
         for reason in DROPS
     ]
     return published + dropped
+
+
+@lru_cache(64)
+def _family(name: str) -> Label:
+    return frozenset({(i.FAMILY, name)})
 
 
 def _callback(ask: Callable[[], Told]) -> Callable[[CallbackOptions], Iterable[Observation]]:

@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 CLOSE_S = 2.0
 SWITCH_S = 0.0005
-"""How long the event loop waits for a thread that encodes spans; Python's own 5 ms are seen in the
-latency of events."""
+"""How long the event loop waits for a thread that exports metrics or spans; Python's own 5 ms are
+seen in the latency of events."""
 
 SAY_AGAIN_S = 300.0
 MAX_SAID = 100
@@ -102,7 +102,9 @@ class Telemetry:
 
             sys.setswitchinterval(SWITCH_S)
             provider = self._meters.provider
-            self._export = OtelExport(config.telemetry, otlp, resource, provider, headers)
+            self._export = OtelExport(
+                config.telemetry, otlp, resource.attributes, provider, headers
+            )
             self._observers.add(self._export.observer)
         self._log.install()
 

@@ -6,11 +6,10 @@ from contextlib import contextmanager
 
 import msgspec
 import pytest
-from opentelemetry.sdk.resources import Resource
 
 from dbtstream.config import OtlpConfig, TelemetryConfig
 from dbtstream.events import AnyEvent, NodeBlock
-from dbtstream.publishers import otel
+from dbtstream.publishers import otlp_export
 from dbtstream.publishers.otel import OtelExport
 from tests.otlp_sink import Mood, OtlpSink, otlp_sink
 from tests.stories import Story, context, node
@@ -29,7 +28,7 @@ def sink() -> Iterator[OtlpSink]:
 def exporting(sink: OtlpSink, **otlp: object) -> Iterator[OtelExport]:
     config = OtlpConfig(**({"endpoint": sink.url, "logs": True} | otlp))  # type: ignore[arg-type]
     export = OtelExport(
-        TelemetryConfig(otlp=config), config, Resource({"service.name": "dbtstream"}), None, {}
+        TelemetryConfig(otlp=config), config, {"service.name": "dbtstream"}, None, {}
     )
     try:
         yield export
@@ -108,8 +107,8 @@ def test_what_a_collector_refuses_is_counted(sink: OtlpSink) -> None:
 def test_a_full_queue_drops_the_oldest_and_counts_them(
     sink: OtlpSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(otel, "MAX_QUEUE", 20)
-    monkeypatch.setattr(otel, "MAX_BATCH", 10)
+    monkeypatch.setattr(otlp_export, "MAX_QUEUE", 20)
+    monkeypatch.setattr(otlp_export, "MAX_BATCH", 10)
     sink.mood = Mood.SILENT
     events = story().events
     with exporting(sink, logs=False, timeout_s=60.0) as export:
@@ -123,7 +122,6 @@ def test_a_full_queue_drops_the_oldest_and_counts_them(
 
 
 def test_closing_does_not_wait_for_a_collector_that_never_answers(sink: OtlpSink) -> None:
-    """The SDK's own shutdown would wait for 30 s."""
     sink.mood = Mood.SILENT
     with exporting(sink, timeout_s=60.0) as export:
         tell(export, story().events)
@@ -146,7 +144,7 @@ def test_a_collector_that_is_not_there_is_no_error_of_ours() -> None:
 
 
 def test_a_batch_is_not_lost_for_one_bad_name(sink: OtlpSink) -> None:
-    """A lone surrogate makes the encoder refuse the batch that it is in."""
+    """A lone surrogate is no UTF-8, and protobuf refuses what it is in."""
     told = Story()
     told.plan(node(ORDERS))
     told.fail(ORDERS, "Database Error in model orders")

@@ -11,13 +11,12 @@ from typing import Any
 import msgspec
 import pytest
 from opentelemetry import trace as tracing
-from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.proto.trace.v1 import trace_pb2
 
 from dbtstream.config import NatsConfig, OtlpConfig, TelemetryConfig
 from dbtstream.envelope import RunContext
 from dbtstream.events import AnyEvent, NodeFinished, RunFinished, RunQueued, RunRejected
-from dbtstream.publishers.otel import readable_span
+from dbtstream.otlp_encoding import encoded_span
 from dbtstream.span_mapping import RunSpans
 from dbtstream.trace import span_id_of, trace_id_of
 from tests.daemons import Served, daemon_config, serving
@@ -206,16 +205,10 @@ async def test_the_stored_events_make_the_spans_that_were_sent(
         await sink.until(lambda s: len(s.spans) == 11)
         stored = await served.events(events[0].run_id)
 
-    resource = Resource({"service.name": "anything"})
     again = RunSpans(context_of(stored), settings=TelemetryConfig(query_spans=True))
-    made = encode_spans(
-        [readable_span(span, resource) for event in stored for span in again.take(event)]
-    )
+    made = [encoded_span(span) for event in stored for span in again.take(event)]
     assert sorted(
-        span.SerializeToString(deterministic=True)
-        for of_resource in made.resource_spans
-        for of_scope in of_resource.scope_spans
-        for span in of_scope.spans
+        trace_pb2.Span.FromString(span).SerializeToString(deterministic=True) for span in made
     ) == sorted(span.raw for span in sink.spans)
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from google.protobuf.json_format import ParseDict
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.sdk.resources import Resource
 
 from dbtstream.config import OtlpConfig, TelemetryConfig
 from dbtstream.events import AnyEvent, TraceBlock
@@ -99,7 +98,7 @@ def story() -> list[AnyEvent]:
 def send(url: str, events: list[AnyEvent]) -> None:
     otlp = OtlpConfig(endpoint=url, timeout_s=LONG_S)
     export = OtelExport(
-        TelemetryConfig(otlp=otlp, datadog=True), otlp, Resource({"service.name": "x"}), None, {}
+        TelemetryConfig(otlp=otlp, datadog=True), otlp, {"service.name": "x"}, None, {}
     )
     of_run = context(trace=ASKED, trace_id="0af7651916cd43dd8448eb211c80319c")
     attempt = export.observer.attempt(of_run)

@@ -9,5 +9,7 @@ to look at: machines differ and are seldom quiet. `__main__` runs them; a benchm
 with `ROUNDS` and `measure(options)`, whose docstring says what disturbs it. Common parts:
 `figures` (values, goals, the table), `projects` (a dbt project of any size), `builds` (one
 `dbt build`, three ways), `served` (a daemon and a NATS server as processes), `replayed`
-(children that replay invented frames at a given rate), `stored` (the events stream read back).
+(children that replay invented frames at a given rate), `stored` (the events stream read back),
+`loop_lag` (how late a daemon's event loop is), `ways` (to start a run, warm and cold),
+`process_tree` (CPU and memory of a process and all below it).
 """

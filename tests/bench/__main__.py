@@ -16,15 +16,18 @@ from types import ModuleType
 from typing import Any
 
 from tests.bench import (
+    at_once,
     callback,
     column_lineage,
     daemon,
     latency,
     lineage,
     overhead,
+    starts,
     subscribers,
     telemetry,
     throughput,
+    warm_idle,
 )
 from tests.bench.figures import Figure, table
 from tests.bench.options import Options
@@ -35,10 +38,13 @@ BENCHMARKS: dict[str, ModuleType] = {
     "latency": latency,
     "daemon": daemon,
     "throughput": throughput,
+    "at-once": at_once,
     "subscribers": subscribers,
     "lineage": lineage,
     "columns": column_lineage,
     "telemetry": telemetry,
+    "starts": starts,
+    "warm-idle": warm_idle,
 }
 PACKAGES = (
     *("dbt-core", "dbt-duckdb", "duckdb", "sqlglot"),

@@ -16,7 +16,6 @@ a ratio of whole processes says no more than the noise beside it does.
 """
 
 import msgspec
-import psutil
 from nats.js.api import StreamConfig
 
 from dbtstream.config import AssetsConfig, Config, LineageConfig, OpenLineageConfig
@@ -25,7 +24,7 @@ from dbtstream.workspace import runs_dir
 from tests.bench.builds import BUILD, PROJECT, Build, Builds, used
 from tests.bench.figures import Figure, Goal
 from tests.bench.options import Options, say, scratch
-from tests.bench.served import Served, cpu_s, run_to_end, serving
+from tests.bench.served import Served, cpu_s, run_to_end, serving, sql_reader_cpu_s
 
 ROUNDS = 2
 ON, OFF = "with", "without"
@@ -84,13 +83,13 @@ class _Rounds:
 
     async def add(self, name: str, builds: Builds, served: Served) -> None:
         builds.forget_database()
-        before = cpu_s(served.daemon), _reader_cpu_s(served.daemon)
+        before = cpu_s(served.daemon), sql_reader_cpu_s(served.daemon)
         finished = await run_to_end(served.client, PROJECT, BUILD)
         if finished.status is not RunStatus.SUCCESS:
             raise RuntimeError(f"a build ended with {finished}")
         self._daemon_s[name].append(cpu_s(served.daemon) - before[0])
         if name == ON:
-            self._reader_s.append(_reader_cpu_s(served.daemon) - before[1])
+            self._reader_s.append(sql_reader_cpu_s(served.daemon) - before[1])
         folder = runs_dir(builds.config, PROJECT, finished.target) / finished.run_id
         self._dbt[name].append(used(folder / "logs"))
 
@@ -158,12 +157,3 @@ def _own_s(build: Build) -> float:
 
 def _pairs(values: list[float]) -> list[tuple[float, float]]:
     return list(zip(values[::2], values[1::2], strict=True))
-
-
-def _reader_cpu_s(daemon: psutil.Process) -> float:
-    """0 while there is none yet."""
-    total_s = 0.0
-    for child in daemon.children():  # type: ignore[no-untyped-call]  # psutil has no types
-        if "dbtstream.sql_child" in child.cmdline():
-            total_s += cpu_s(child)
-    return total_s

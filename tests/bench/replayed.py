@@ -2,7 +2,9 @@
 
 All frames are packed before the first of them is due. Then every 20 ms those that are due go
 out in one write, after the time in them was set to now. Each node is three frames (start,
-work, finish) and two events.
+work, finish) and two events. With `lineage` the child also tells its manifest and each model's
+compiled SQL, as dbt's does: ten columns, joined from two models before it, in a schema of the
+target's, so that no two targets have the same SQL.
 """
 
 import json
@@ -17,19 +19,43 @@ REPORT = "replay.json"
 
 BODY = """
 TICK_S = 0.02
-NODES, RATE, GO = {nodes}, {rate}, {go}
+NODES, RATE, GO, LINEAGE = {nodes}, {rate}, {go}, {lineage}
 UNSET = 1111111111.111111  # as wide as any time of this century
 UNSET_TEXT = b"1111111111.111111"
 THREAD = "Thread-1 (worker)"
 WHEN = "2025-01-02T03:04:05.678901"
 
+SCHEMA = os.environ["DBT_LOG_PATH"].split("/")[-3] if LINEAGE else "main"  # the target's name
+COLUMNS = ["column_%d" % n for n in range(10)]
+
 def name_of(i):
     return "model_%05d" % i
 
+def upstream(i):
+    return [name_of(n) for n in ((i - 1, i - 2) if LINEAGE else (i - 1,)) if n >= 0]
+
 def relation(i):
     name = name_of(i)
-    return {{"database": "shop", "schema": "main", "identifier": name,
-        "relation_name": '"shop"."main"."' + name + '"'}}
+    return {{"database": "shop", "schema": SCHEMA, "identifier": name,
+        "relation_name": '"shop"."%s"."%s"' % (SCHEMA, name)}}
+
+def node(i):
+    fields = {{"path": name_of(i) + ".sql", "fqn": ["shop", name_of(i)], "tags": ["bench"],
+        "checksum": "0" * 64, "relation": relation(i)}}
+    if LINEAGE:
+        fields.update(language="sql", columns=[
+            {{"name": name, "description": "One of ten.", "data_type": None}} for name in COLUMNS])
+    return model(name_of(i), *upstream(i), **fields)
+
+def compiled(i):
+    if i < 2:
+        code = "select " + ", ".join("range as " + name for name in COLUMNS) + " from range(100)"
+    else:
+        a, b = (relation(n)["relation_name"] for n in (i - 1, i - 2))
+        code = "with a as (select * from %s), b as (select * from %s)\\nselect %s\\n" % (a, b,
+            ", ".join("a.%s + b.%s as %s" % (name, name, name) for name in COLUMNS))
+        code += "from a join b using (column_0)"
+    return {{"compiled_code": code, "compiled_code_hash": SCHEMA + "%062d" % i}}
 
 def packed(i):
     unique_id = "model.shop." + name_of(i)
@@ -40,17 +66,18 @@ def packed(i):
         pack("node_work", index=i + 1, total=NODES, **common),
         pack("node_finish", status="success", thread=THREAD, started_at=WHEN, finished_at=WHEN,
             timing=[{{"name": "compile", **step}}, {{"name": "execute", **step}}], message="OK",
-            adapter_response={{"_message": "OK"}}, relation=relation(i), **common),
+            adapter_response={{"_message": "OK"}}, relation=relation(i),
+            **(compiled(i) if LINEAGE and start["compiled_code"] else {{}}), **common),
     ))
 
 def due(elapsed):
     return NODES if RATE is None else min(NODES, int(elapsed * RATE / 2) + 1)
 
-start_line()
+start = start_line()
 hello()
-plan(*(model(name_of(i), *([name_of(i - 1)] if i else []), path=name_of(i) + ".sql",
-    fqn=["shop", name_of(i)], tags=["bench"], checksum="0" * 64, relation=relation(i))
-    for i in range(NODES)))
+plan(*map(node, range(NODES)))
+if LINEAGE and start["graph"]:
+    graph(complete=start["known_manifest"] != "h")
 waiting = [packed(i) for i in range(NODES)]
 if GO:
     wait_for(GO)
@@ -84,11 +111,17 @@ class Replay(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def replaying_child(
-    path: Path, *, nodes: int, rate: float | None = None, go: Path | None = None
+    path: Path,
+    *,
+    nodes: int,
+    rate: float | None = None,
+    go: Path | None = None,
+    lineage: bool = False,
 ) -> str:
     """An executable for a project's `python`. `rate` is in events per second, None is at once;
     with `go` it waits for that file between its plan and its first node."""
-    body = BODY.format(nodes=nodes, rate=rate, go=repr(str(go)) if go else None, report=REPORT)
+    waits_for = repr(str(go)) if go else None
+    body = BODY.format(nodes=nodes, rate=rate, go=waits_for, lineage=lineage, report=REPORT)
     return scripted_child(path, body)
 
 

@@ -7,6 +7,7 @@ kernel's, asked for with psutil: CPU in steps of 10 ms.
 import asyncio
 import json
 import os
+import socket
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -43,12 +44,15 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(config: Config, folder: Path) -> AsyncIterator[Served]:
-    """`config` says all but where NATS is. The daemon serves when the context begins."""
+async def serving(
+    config: Config, folder: Path, *, lateness: Path | None = None
+) -> AsyncIterator[Served]:
+    """`config` says all but where NATS is. The daemon serves when the context begins; with
+    `lateness` it writes there how late its loop comes to its tasks (`loop_lag`)."""
     async with NatsServer.start(folder / "nats") as server:
         config = msgspec.structs.replace(config, nats=NatsConfig(servers=(server.url,)))
         async with (
-            _daemon(config, folder) as process,
+            _daemon(config, folder, lateness) as process,
             Client.connect(server.url, name="bench") as client,
             NatsLink(config.nats, name="bench") as link,
         ):
@@ -72,6 +76,13 @@ async def end_of(client: Client, run_id: str) -> RunFinished:
     return await client.wait(run_id)
 
 
+def free_port() -> int:
+    """That nobody listens on just now."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
 def process_of(pid: int) -> psutil.Process:
     return psutil.Process(pid)  # type: ignore[no-untyped-call]  # psutil comes without types
 
@@ -80,6 +91,15 @@ def cpu_s(process: psutil.Process) -> float:
     """User and system, of the process alone."""
     times = process.cpu_times()
     return float(times.user + times.system)
+
+
+def sql_reader_cpu_s(daemon: psutil.Process) -> float:
+    """Of its process that reads SQL; 0 while there is none."""
+    total_s = 0.0
+    for child in daemon.children():  # type: ignore[no-untyped-call]  # psutil has no types
+        if "dbtstream.sql_child" in child.cmdline():
+            total_s += cpu_s(child)
+    return total_s
 
 
 def queued_s(process: psutil.Process) -> float:
@@ -125,12 +145,15 @@ def _lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
 
 
 @asynccontextmanager
-async def _daemon(config: Config, folder: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+async def _daemon(
+    config: Config, folder: Path, lateness: Path | None
+) -> AsyncIterator[asyncio.subprocess.Process]:
     path = folder / "dbtstream.toml"
     path.write_text(toml(config), encoding="utf-8")
+    code = ("-c", SERVE) if lateness is None else ("-m", "tests.bench.loop_lag", str(lateness))
     with _log(folder).open("wb") as log:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", SERVE, "--config", str(path), "serve"),
+            *(sys.executable, *code, "--config", str(path), "serve"),
             cwd=REPOSITORY,
             env=_environment(),
             stdin=asyncio.subprocess.DEVNULL,

@@ -17,7 +17,6 @@ batches are smaller and so more. The two daemons change places from round to rou
 """
 
 import asyncio
-import socket
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ from dbtstream.trace import span_id_of
 from tests.bench.figures import Figure, Goal, quantile
 from tests.bench.options import Options, say, scratch
 from tests.bench.replayed import EVENTS_PER_NODE, replaying_child
-from tests.bench.served import Served, cpu_s, run_to_end, serving, settled_rss_mb
+from tests.bench.served import Served, cpu_s, free_port, run_to_end, serving, settled_rss_mb
 from tests.bench.stored import stored_events
 from tests.daemons import project_folder
 from tests.otlp_sink import OtlpSink, otlp_sink
@@ -75,7 +74,7 @@ async def measure(options: Options) -> list[Figure]:
 
 async def _daemon(folder: Path, nodes: int, sink: OtlpSink | None) -> _Daemon:
     found = _Daemon()
-    listen = f"127.0.0.1:{_free_port()}" if sink else ""
+    listen = f"127.0.0.1:{free_port()}" if sink else ""
     async with serving(_config(folder, nodes, sink, listen), folder) as served:
         await _run(served, sink)  # imports and the first of everything
         used_s = 0.0
@@ -130,12 +129,6 @@ def _series(listen: str) -> int:
     with urllib.request.urlopen(url, timeout=SCRAPE_S) as answer:
         lines = answer.read().decode().splitlines()
     return sum(1 for line in lines if line and not line.startswith("#"))
-
-
-def _free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def _figures(on: list[_Daemon], off: list[_Daemon], nodes: int) -> list[Figure]:

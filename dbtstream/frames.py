@@ -66,13 +66,17 @@ class Parsed(Frame, frozen=True, kw_only=True, tag="parsed"):
     """dbt has read its project and linked the graph (FoundStats). `parse` never says so."""
 
 
-class PlannedColumn(msgspec.Struct, frozen=True, kw_only=True):
-    """A column that the project's YAML names."""
+class PlannedColumn(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A column that the project's YAML names.
+
+    There are as many of them as of everything else together, and none is in a cycle: Python's
+    collector need not see them (`gc=False`, and no list where there are no tags).
+    """
 
     name: str
     data_type: str | None = None
     description: str | None = None
-    tags: list[str] = []
+    tags: tuple[str, ...] = ()
 
 
 class TestDetails(msgspec.Struct, frozen=True, kw_only=True):

@@ -285,7 +285,7 @@ def lineage_hash(
 def documented(node: PlannedNode) -> list[Column] | None:
     """The columns that the project's YAML names."""
     return [
-        Column(name=c.name, type=c.data_type, description=c.description, tags=c.tags)
+        Column(name=c.name, type=c.data_type, description=c.description, tags=[*c.tags])
         for c in node.columns
     ] or None
 

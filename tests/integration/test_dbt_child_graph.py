@@ -69,7 +69,7 @@ def test_documented_columns_keep_their_type_tags_and_order(nodes: dict[str, Plan
         ("amount", "bigint"),
         ("country", "varchar"),
     ]
-    assert (revenue.columns[0].description, revenue.columns[0].tags) == ("Key", ["key"])
+    assert (revenue.columns[0].description, revenue.columns[0].tags) == ("Key", ("key",))
     assert revenue.columns[1].description is None
     assert revenue.contract_enforced
     assert not nodes["model.shop.payments"].contract_enforced

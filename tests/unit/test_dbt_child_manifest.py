@@ -138,7 +138,8 @@ def test_a_node_with_values_of_the_wrong_type_is_told_all_the_same() -> None:
     (odd,) = decoded.nodes
     assert (odd.name, odd.fqn, odd.tags, odd.meta) == ("5", [], ["1", "None"], {})
     assert (odd.description, odd.contract_enforced) == ("3.5", False)
-    assert [(each.name, each.data_type, each.tags) for each in odd.columns] == [("1", "2", ["x"])]
+    (column,) = odd.columns
+    assert (column.name, column.data_type, column.tags) == ("1", "2", ("x",))
 
 
 def test_what_a_node_does_not_have_is_left_out() -> None:

@@ -29,7 +29,8 @@ Read `execution` first. A module imports only from the layers before its own:
                      store lineage_store (kv_bucket lineage_bucket write_behind) run_state
                      dead_letters outbox (outbox_file) publishers workspace artifacts
                      artifact_store (object_bucket) project_python duckdb_file
-                     dbt_process (templates template forked_process) sql_process
+                     dbt_process (templates manifest_templates project_watch template
+                     forked_process) sql_process
                      observers metrics (otel_sdk queue_depth) pulse http_port
     3 orchestration  execution (job attempt_events watchdog predecessor) asset_events (declared
                      build_columns) worker (claims slots queue_watch) rejection recovery

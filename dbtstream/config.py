@@ -153,7 +153,8 @@ class WorkerConfig(Section, frozen=True, kw_only=True):
     lease_ttl_s: int = 120  # and without one for so long, it may take over the run
     heartbeat_s: float = 15.0  # of requests and leases
     cut_off: Literal["auto", "stop", "go_on"] = "auto"  # dbt, when its lease cannot be renewed
-    warm_starts: Literal["off", "imports"] = "off"  # fork dbt from a process that has imported it
+    # fork dbt from a process that has imported it, or that has parsed the project, too
+    warm_starts: Literal["off", "imports", "manifest"] = "off"
     max_attempts: int = 5  # of a run whose workers die; then it is lost
     max_deliveries: int = 1000  # of a request that no worker settles; then it is a dead letter
     outbox_max_bytes: int = 1024**3  # per run

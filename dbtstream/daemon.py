@@ -222,7 +222,7 @@ class Daemon:
             ]
             async with Control(self.config, queue, services, worker):
                 working = parts.create_task(worker.run(), name="worker")
-                watching = self._watch(parts, worker, store)
+                watching = self._watch(parts, worker, store, templates)
                 self._ready.set_result(None)
                 self._health.stage = Stage.SERVING
                 logger.info("serving", extra={"action": "daemon.ready"})
@@ -240,13 +240,15 @@ class Daemon:
                 task.cancel()
 
     def _watch(
-        self, parts: asyncio.TaskGroup, worker: Worker, store: Store
+        self, parts: asyncio.TaskGroup, worker: Worker, store: Store, templates: Templates
     ) -> list[asyncio.Task[None]]:
         if (gauges := self._health.gauges) is None:
             return []
         gauges.worker, gauges.openlineage = worker, self.openlineage
+        gauges.templates = templates
         return [
             parts.create_task(gauges.watch_queues(), name="queue gauges"),
+            parts.create_task(gauges.watch_templates(), name="template gauges"),
             parts.create_task(self._recall(store), name="stored runs"),
         ]
 

@@ -1,7 +1,8 @@
 """One dbt child: start it, read its frames, stop it, say how it ended.
 
 The other side is `dbt_child/`, started by path in the project's interpreter, in a session of
-its own, or forked from a template that has imported dbt (`templates`). Frames come over a
+its own, or forked from a template that has imported dbt (`templates`), maybe with the project
+parsed. Frames come over a
 pipe that only we and the child hold; stdout and stderr are text, of which the last bytes are
 kept and nothing is parsed. Control is lines on the child's stdin; closing it (or dying) tells
 the child to cancel dbt, and so does a deadline that passes: the child keeps it by itself,
@@ -37,6 +38,7 @@ from dbtstream.frames import (
     decode_frame,
     frame_length,
 )
+from dbtstream.manifest_templates import Recipe
 from dbtstream.templates import Templates
 
 CHILD = Path(__file__).parent / "dbt_child"
@@ -80,6 +82,7 @@ class DbtProcess:
         self._greeted = False
         self._early: list[AnyFrame] = []
         self._on_adapter: Callable[[str], None] = lambda _: None
+        self._on_close: Callable[[], None] = lambda: None
         self._stack_file = stack_file
         self._process = process
         self._frames = frames
@@ -97,8 +100,10 @@ class DbtProcess:
         *,
         environment: dict[str, str],
         templates: Templates | None = None,
+        recipe: Recipe | None = None,
     ) -> "DbtProcess":
-        """Start the child and hand it its work. Raises ChildNotStarted."""
+        """Start the child and hand it its work; with a `recipe`, of a template that has parsed
+        what that says, if there is one. Raises ChildNotStarted."""
         reading, writing = os.pipe()
         frames = asyncio.StreamReader(limit=PIPE_BUFFER_BYTES)
         process: asyncio.subprocess.Process | ForkedProcess | None = None
@@ -108,7 +113,7 @@ class DbtProcess:
         try:
             if templates is not None:
                 process = await templates.fork(
-                    python, start.project_dir, environment, start.secret_env, writing
+                    python, start.project_dir, environment, start.secret_env, writing, recipe
                 )
             if process is None:
                 process = await _begin(python, start.project_dir, environment, writing)
@@ -121,6 +126,7 @@ class DbtProcess:
         child = cls(process, frames, pipe, stack_file)
         if templates is not None:
             child._on_adapter = partial(templates.learn, python)
+            child._on_close = partial(templates.run_ended, recipe)
         try:
             child._oom_kills = await asyncio.to_thread(_oom_kills)
             await child._tell(msgspec.json.encode(start) + b"\n")
@@ -249,6 +255,7 @@ class DbtProcess:
             self._process.stdin.close()
         if isinstance(self._process, ForkedProcess):
             self._process.close()
+        self._on_close()
 
     @property
     def output_tail(self) -> str:

@@ -44,6 +44,7 @@ from dbtstream.job import (
     child_start,
     keep_artifacts,
     object_names,
+    parse_recipe,
 )
 from dbtstream.lineage_store import LineageStore
 from dbtstream.log_context import in_run_of
@@ -422,6 +423,7 @@ class Execution:
             start,
             environment=workspace.environment,
             templates=self._services.templates,
+            recipe=None if start.retry else parse_recipe(self._config, job, workspace),
         )
         self._claim.lease.on_deadline(process.set_deadline)
         return process

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple
+from pathlib import Path
 
 from dbtstream.config import Config
 from dbtstream.errors import NatsError
@@ -18,13 +19,16 @@ from dbtstream.nats_link import NatsLink
 from dbtstream.outbox import Outbox
 from dbtstream.publishers.openlineage import OpenLineageSender
 from dbtstream.queue_depth import read_queues
-from dbtstream.readings import Flow, Outboxes, Queues, Readings
+from dbtstream.readings import Flow, Outboxes, Queues, Readings, TemplateReadings
 from dbtstream.statuses import RunStatus
+from dbtstream.templates import Templates
 from dbtstream.worker import Worker
 
 logger = logging.getLogger(__name__)
 
 QUEUE_LOOK_S = 5.0
+TEMPLATE_LOOK_S = 15.0
+FORKED = ("warm", "manifest")
 STATES = (RunStatus.QUEUED, RunStatus.STARTING, RunStatus.RUNNING)
 
 
@@ -36,6 +40,7 @@ class Gauges:
     ) -> None:
         self.worker: Worker | None = None
         self.openlineage: Sequence[OpenLineageSender] = ()
+        self.templates: Templates | None = None
         self.leftovers: list[Outbox] = []  # of a predecessor, that are being published
         self.last: Readings | None = None
         self.answered_at: float | None = None  # by the monotonic clock; JetStream did
@@ -46,6 +51,7 @@ class Gauges:
             for target in project.targets
         ]
         self._queues: Queues | None = None
+        self._memory: dict[str, tuple[int, int]] = {}
 
     def look(self) -> None:
         self.last = Readings(
@@ -57,6 +63,7 @@ class Gauges:
             outboxes=self._outboxes(),
             outbox_limit=self._config.worker.outbox_max_bytes,
             queues=self._queues,
+            templates=self._of_templates(),
             flows=self._flows(),
         )
 
@@ -72,6 +79,27 @@ class Gauges:
             except Exception as error:  # noqa: BLE001 - see above
                 self._say(logging.ERROR, error)
             await asyncio.sleep(QUEUE_LOOK_S)
+
+    async def watch_templates(self) -> None:
+        """Until cancelled. How much memory they take, asked of the kernel now and then."""
+        while True:
+            if self.templates is not None:
+                pids = self.templates.pids_by_start()
+                self._memory = await asyncio.to_thread(_memory_of, pids)
+            await asyncio.sleep(TEMPLATE_LOOK_S)
+
+    def _of_templates(self) -> TemplateReadings:
+        templates = self.templates
+        pids = templates.pids_by_start() if templates is not None else {}
+        return TemplateReadings(
+            count={start: len(pids.get(start, ())) for start in FORKED},
+            rss_bytes={start: self._memory.get(start, (0, 0))[0] for start in FORKED},
+            pss_bytes={start: self._memory.get(start, (0, 0))[1] for start in FORKED},
+            declined={
+                **{(start, "starting"): 0 for start in FORKED},
+                **(templates.declined() if templates is not None else {}),
+            },
+        )
 
     def _say(self, level: int, error: Exception) -> None:
         logger.log(
@@ -115,3 +143,22 @@ class Gauges:
             "openlineage": openlineage,
             "telemetry": self._telemetry(),
         }
+
+
+def _memory_of(pids: Mapping[str, Iterable[int]]) -> dict[str, tuple[int, int]]:
+    """RSS and PSS in bytes of those that are there. Blocking; the kernel walks their pages."""
+    found = {}
+    for start, each in pids.items():
+        sizes = [_rss_and_pss(pid) for pid in each]
+        found[start] = (sum(rss for rss, _ in sizes), sum(pss for _, pss in sizes))
+    return found
+
+
+def _rss_and_pss(pid: int) -> tuple[int, int]:
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    except OSError:
+        return 0, 0
+    sizes = dict(line.split(":", 1) for line in text.splitlines()[1:])
+    rss, pss = (int(sizes[name].split()[0]) * 1024 for name in ("Rss", "Pss"))
+    return rss, pss

@@ -34,6 +34,7 @@ REASON = "dbtstream.reason"
 STAGE = "dbtstream.stage"
 START = "dbtstream.child.start"
 CPU_MODE = "cpu.mode"
+MEMORY_KIND = "dbtstream.memory.kind"
 
 RUN_BUCKETS_S = (1, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400)
 NODE_BUCKETS_S = (0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600)
@@ -303,6 +304,26 @@ STAGES = ("requests", "events", "openlineage", "telemetry")
 
 CHILD_STARTS = _counter(
     "dbtstream.child.starts", "{process}", "dbt processes: cold, warm or manifest", PROJECT, START
+)
+TEMPLATES = _observed(
+    "dbtstream.template.ready",
+    "{process}",
+    "Processes that runs are forked from: dbt imported (warm), the project parsed (manifest)",
+    START,
+)
+TEMPLATE_MEMORY = _observed(
+    "dbtstream.template.memory.usage",
+    "By",
+    "Of those: resident (rss), and with what processes share divided among them (pss)",
+    START,
+    MEMORY_KIND,
+)
+TEMPLATE_DECLINED = Instrument(
+    name="dbtstream.template.declined",
+    kind=Kind.OBSERVED_COUNTER,
+    unit="{process}",
+    description="dbt processes that were not forked from such a one, by why",
+    attributes=(START, REASON),
 )
 CHILD_EXITS = _counter(
     "dbtstream.child.exits",

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,19 +16,27 @@ import msgspec
 from dbtstream.artifact_store import ArtifactStore, latest_prefix
 from dbtstream.artifacts import FILES, LOG, artifact_files, without_paths
 from dbtstream.assets import COMMANDS
-from dbtstream.config import DEFAULT_TARGET, ProjectConfig
+from dbtstream.config import DEFAULT_TARGET, Config, ProjectConfig
 from dbtstream.errors import DbtstreamError, RequestRejected
 from dbtstream.events import AnyEvent, RunFinished, RunStarted, TraceBlock
 from dbtstream.frames import Retry, Start
+from dbtstream.manifest_templates import Recipe
 from dbtstream.messages import LAST_SUCCESS, OnLost, RejectCode, RunRequest, RunView
-from dbtstream.policy import DbtArgs, check_args, check_earlier, check_retry, worker_args
+from dbtstream.policy import (
+    DbtArgs,
+    check_args,
+    check_earlier,
+    check_retry,
+    own_parse,
+    worker_args,
+)
 from dbtstream.resume import earlier_results
 from dbtstream.scrub import Scrubber
 from dbtstream.store import Store
 from dbtstream.streams import ARTIFACTS_BUCKET
 from dbtstream.subjects import NAME, is_run_id, rfc3339
 from dbtstream.trace import TraceParent, parse_traceparent
-from dbtstream.workspace import Workspace
+from dbtstream.workspace import Workspace, project_environment
 
 MANIFEST, RUN_RESULTS = FILES["manifest"], FILES["run_results"]
 STATE_FILES = (MANIFEST, RUN_RESULTS, FILES["sources"])
@@ -169,6 +178,28 @@ def child_start(
         adapter_columns=project.lineage.adapter_columns,
         selectors=project.selectors,
         speedups=project.speedups,
+    )
+
+
+def parse_recipe(config: Config, job: Job, workspace: Workspace) -> Recipe | None:
+    """How the project is parsed for it; None where dbt has to do that in the run itself."""
+    if job.request.retry_of is not None or own_parse(job.dbt):
+        return None
+    project, variables = job.project, job.request.vars
+    args = worker_args(
+        DbtArgs("", [""]),
+        target=None if job.target == DEFAULT_TARGET else job.target,
+        profile=project.profile,
+        vars_json=msgspec.json.encode(variables, order="sorted").decode() if variables else "",
+    )
+    return Recipe(
+        python=project.python,
+        folder=project.path,
+        args=tuple(args[1:]),
+        where=(job.project_name, job.target),
+        secret_names=workspace.secret_names,
+        cache=workspace.parse_cache,
+        environment=partial(project_environment, config, job.project_name, project),
     )
 
 

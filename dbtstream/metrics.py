@@ -188,6 +188,9 @@ def _of_readings(look: Callable[[], Readings | None]) -> dict[str, Callable[[], 
         i.OUTBOX_SIZE: lambda r: [(one, r.outboxes.bytes)],
         i.OUTBOX_LIMIT: lambda r: [(one, r.outbox_limit)],
         i.OUTBOX_OLDEST_AGE: lambda r: [(one, _age_s(r.outboxes.oldest_at))],
+        i.TEMPLATES: _templates,
+        i.TEMPLATE_MEMORY: _template_memory,
+        i.TEMPLATE_DECLINED: _template_declined,
     }
     asked = {instrument.name: told(tell) for instrument, tell in tells.items()}
     for name, part in _FLOWS.items():
@@ -210,6 +213,26 @@ def _oldest(readings: Readings) -> Told:
     if readings.queues is not None and time.time() - readings.queues.read_at < STALE_S:
         for (project, target), depth in readings.queues.depths.items():
             yield {i.PROJECT: project, i.TARGET: target}, _age_s(depth.oldest_at)
+
+
+def _templates(readings: Readings) -> Told:
+    if (templates := readings.templates) is not None:
+        for start, count in templates.count.items():
+            yield {i.START: start}, count
+
+
+def _template_memory(readings: Readings) -> Told:
+    if (templates := readings.templates) is not None:
+        kinds = {"rss": templates.rss_bytes, "pss": templates.pss_bytes}
+        for kind, of_starts in kinds.items():
+            for start, size in of_starts.items():
+                yield {i.START: start, i.MEMORY_KIND: kind}, size
+
+
+def _template_declined(readings: Readings) -> Told:
+    if (templates := readings.templates) is not None:
+        for (start, reason), count in templates.declined.items():
+            yield {i.START: start, i.REASON: reason}, count
 
 
 def _flow(part: str, readings: Readings) -> Told:

@@ -81,6 +81,28 @@ ALLOWED_FLAGS = (
 INLINE_FLAGS = frozenset({"--inline", "--inline-direct"})
 """A request's own Jinja may call any macro of the project: only where `allow_inline` says so."""
 
+OWN_PARSE_FLAGS = frozenset(
+    {
+        "--no-partial-parse",
+        "--static-parser",
+        "--no-static-parser",
+        "--warn-error",
+        "--warn-error-options",
+        "--macro-debugging",
+    }
+)
+"""What changes how dbt parses, or what it makes of that, so that nobody can have done it before."""
+
+HARMLESS_FLAGS = (ALLOWED_FLAGS | INLINE_FLAGS | {"--output"}) - OWN_PARSE_FLAGS
+"""A project's `default_args` may have others: what those do to parsing is not known here."""
+
+ON_A_MANIFEST = frozenset(
+    {"build", "run", "test", "seed", "snapshot", "compile", "show", "clone", "source freshness"}
+    | {"docs generate"}
+)
+"""Commands that do and leave the same with a manifest that they are given. `list` and
+`run-operation` would leave no manifest.json, `retry` parses always."""
+
 RETRY_FLAGS = frozenset({"--threads", "--warn-error"})
 """dbt's retry accepts more of them, --full-refresh too, and does not heed them (1.8 to 1.12)."""
 
@@ -220,6 +242,16 @@ def worker_args(
         added += ["--vars", vars_json]
     words = len(dbt.command.split(" "))
     return [*dbt.args[:words], *added, *dbt.args[words:]]
+
+
+def own_parse(dbt: DbtArgs) -> str:
+    """Why dbt has to parse the project in that very run; empty where it need not."""
+    if dbt.command not in ON_A_MANIFEST:
+        return "command"
+    for word in dbt.args:
+        if not _is_value(word) and not set(_flags_in(word)[0]) <= HARMLESS_FLAGS:
+            return "flags"
+    return ""
 
 
 def _check_operation(rest: Sequence[str], project: ProjectConfig) -> None:

@@ -55,6 +55,16 @@ class Outboxes:
     oldest_at: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class TemplateReadings:
+    """Of all that are there, by what a run forked from them is called (warm, manifest)."""
+
+    count: Mapping[str, int]
+    rss_bytes: Mapping[str, int]
+    pss_bytes: Mapping[str, int]
+    declined: Mapping[tuple[str, str], int]  # and by why
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readings:
     """One look at the daemon."""
@@ -67,4 +77,5 @@ class Readings:
     outboxes: Outboxes
     outbox_limit: int
     queues: Queues | None  # None until JetStream has answered, and when it has not for long
+    templates: TemplateReadings | None = None  # None where warm starts are off
     flows: Mapping[str, Flow] = field(default_factory=dict)  # of each stage

@@ -1,9 +1,10 @@
 """One template process, from the daemon's side: start it, have it fork, hear how forks ended.
 
 Layer 2. `templates` decides which templates there are; the other side is `dbt_child.template`.
-It is a process of its own, begun by exec, and we speak over a socket that keeps messages apart.
-A run's descriptors go to it that way; what the run is about goes past it, into the run's own
-control pipe, when the kernel has told that the fork is there.
+It is a process of its own, begun by exec, or, where it has a parsed project too, a fork of one
+that was; and we speak over a socket that keeps messages apart. A run's descriptors go to it that
+way; what the run is about goes past it, into the run's own control pipe, when the kernel has told
+that the fork is there.
 """
 
 import array
@@ -26,8 +27,14 @@ from dbtstream.forked_process import ForkedProcess
 
 CHILD = Path(__file__).parent / "dbt_child"
 READY_S = 120.0
+PARSE_S = 900.0
+MAX_ANSWER_BYTES = 64 * 1024
 MAX_MESSAGE_BYTES = 64 * 1024
 TAIL_BYTES = 4096
+MAX_DETAIL = 300
+
+FORK_S = 5.0
+"""A template does nothing but wait for us, so one that does not answer for so long hangs."""
 
 _LENGTH = struct.Struct(">I")
 _FD_BYTES = array.array("i").itemsize
@@ -65,6 +72,13 @@ class Cold(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="cold")
 class Exited(msgspec.Struct, frozen=True, kw_only=True, tag_field="t", tag="exited"):
     pid: int
     code: int
+
+
+class _Answer(msgspec.Struct, frozen=True):
+    """Of a parser; without a reason, it is done."""
+
+    reason: str
+    detail: str
 
 
 Message = Ready | Refused | Forked | Cold | Exited
@@ -121,9 +135,8 @@ class Template:
         self._forked: dict[int, ForkedProcess] = {}
         self._adapters: set[str] = set()
         self._channel: socket.socket | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: asyncio.subprocess.Process | ForkedProcess | None = None
         self._output: asyncio.BaseTransport | None = None
-        self._said = asyncio.StreamReader()
         self._drain: asyncio.Task[None] | None = None
         self._tail = b""
 
@@ -131,37 +144,22 @@ class Template:
     def is_ready(self) -> bool:
         return self._ready.done() and not self._no_more.done()
 
-    async def start(self, max_runs: int) -> None:
-        """Until runs can be forked from it. Raises NoFork."""
+    async def start(self, max_runs: int, *, parent: "Template | None" = None, of: str = "") -> None:
+        """Until runs can be forked from it; with a `parent`, as a fork of that which has what was
+        parsed into the folder `of`. Raises NoFork."""
         began = time.monotonic()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._channel = ours
-        # A pipe of ours: what it leaves behind for its runs may hold the other end for longer.
-        reading, writing = os.pipe()
-        self._output, _ = await self._loop.connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(self._said), os.fdopen(reading, "rb", 0)
-        )
-        with theirs, os.fdopen(writing, "wb", 0) as output:
-            try:
-                self._process = await asyncio.create_subprocess_exec(
-                    self.key.python,
-                    str(CHILD),
-                    "--template",
-                    str(theirs.fileno()),
-                    str(max_runs),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=asyncio.subprocess.STDOUT,
-                    pass_fds=(theirs.fileno(),),
-                    cwd="/",
-                    env=dict(self.key.environment),
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise NoFork("not_started", error.strerror or str(error)) from error
+        with theirs:
+            if parent is None:
+                self._process = await self._exec(theirs.fileno(), max_runs)
+            else:
+                wish = {"folder": of, "max_runs": max_runs}
+                process = await parent.fork_as("template", theirs.fileno(), _line(wish), FORK_S)
+                self._process = process
+                self._follow_output(process.stdout)
         self.pid = self._process.pid
-        self._drain = asyncio.create_task(self._keep_tail(), name=f"output of template {self.pid}")
         self._loop.add_reader(ours, self._hear)
         either: set[asyncio.Future[Any]] = {self._ready, self._no_more}
         await asyncio.wait(either, timeout=READY_S, return_when=asyncio.FIRST_COMPLETED)
@@ -171,6 +169,34 @@ class Template:
             raise NoFork("not_ready", f"within {READY_S:g} s")
         self.was_ready = True
         self.start_s = time.monotonic() - began
+
+    async def _exec(self, channel: int, max_runs: int) -> asyncio.subprocess.Process:
+        # A pipe of ours: what it leaves behind for its runs may hold the other end for longer.
+        reading, writing = os.pipe()
+        said = asyncio.StreamReader()
+        self._output, _ = await self._loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(said), os.fdopen(reading, "rb", 0)
+        )
+        with os.fdopen(writing, "wb", 0) as output:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    self.key.python,
+                    str(CHILD),
+                    "--template",
+                    str(channel),
+                    str(max_runs),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=asyncio.subprocess.STDOUT,
+                    pass_fds=(channel,),
+                    cwd="/",
+                    env=dict(self.key.environment),
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise NoFork("not_started", error.strerror or str(error)) from error
+        self._follow_output(said)
+        return process
 
     async def no_more(self) -> NoFork:
         """Wait until no run can be forked from it: why."""
@@ -190,10 +216,44 @@ class Template:
             self._ready = self._loop.create_future()
             self._send({"t": "import", "adapter": adapter})
 
+    def look(self) -> None:
+        """Something may have changed: it ends if that is so."""
+        if self.is_ready:
+            with contextlib.suppress(NoFork):
+                self._send({"t": "check"})
+
     async def fork(
         self, folder: str, environment: Mapping[str, str], frames: int, limit_s: float
     ) -> ForkedProcess:
         """A process with that environment that writes to `frames`. Raises NoFork."""
+        return await self.fork_as("run", frames, surroundings(folder, environment), limit_s)
+
+    async def parse(
+        self, folder: str, environment: Mapping[str, str], wish: dict[str, object]
+    ) -> None:
+        """Have a project parsed by a fork that ends then (`dbt_child.parse`). Raises NoFork."""
+        reading, writing = os.pipe()
+        answer = asyncio.StreamReader()
+        pipe, _ = await self._loop.connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(answer), os.fdopen(reading, "rb", 0)
+        )
+        try:
+            try:
+                about = surroundings(folder, environment) + _line(wish)
+                process = await self.fork_as("parser", writing, about, FORK_S)
+            finally:
+                os.close(writing)
+            try:
+                await _parsed(process, answer)
+            finally:
+                process.kill_group()
+                await asyncio.shield(process.wait())
+                _let_go(process)
+        finally:
+            pipe.close()
+
+    async def fork_as(self, role: str, fd: int, about: bytes, limit_s: float) -> ForkedProcess:
+        """A process that has `fd`, and reads what it is about. Raises NoFork."""
         control, ours = os.pipe()
         theirs, output = os.pipe()
         try:
@@ -201,7 +261,7 @@ class Template:
             number = next(self._numbers)
             self._asked[number] = asked
             try:
-                self._send({"t": "fork", "id": number}, (control, frames, output))
+                self._send({"t": "fork", "id": number, "as": role}, (control, fd, output))
                 async with asyncio.timeout(limit_s):
                     process = await asked.answer
             except BaseException as error:
@@ -216,7 +276,7 @@ class Template:
         finally:
             os.close(control)
             os.close(output)
-        asked.stdin.write(surroundings(folder, environment))
+        asked.stdin.write(about)
         self.forks += 1
         return process
 
@@ -231,6 +291,8 @@ class Template:
             await asyncio.wait({self._drain})
         if self._output is not None:
             self._output.close()
+        if isinstance(self._process, ForkedProcess):
+            _let_go(self._process)
         self._hang_up()
 
     # What it says.
@@ -352,9 +414,50 @@ class Template:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGKILL)
 
-    async def _keep_tail(self) -> None:
-        while chunk := await self._said.read(4096):
+    def _follow_output(self, said: asyncio.StreamReader | None) -> None:
+        if said is not None:
+            self._drain = asyncio.create_task(self._keep_tail(said), name="output of a template")
+
+    async def _keep_tail(self, said: asyncio.StreamReader) -> None:
+        while chunk := await said.read(4096):
             self._tail = (self._tail + chunk)[-TAIL_BYTES:]
+
+
+async def _parsed(process: ForkedProcess, answer: asyncio.StreamReader) -> None:
+    """Its answer, when it has one. Raises NoFork."""
+    output = asyncio.create_task(_pass_over(process.stdout), name="output of a parser")
+    try:
+        async with asyncio.timeout(PARSE_S):
+            said = await answer.read(MAX_ANSWER_BYTES)
+            while part := await answer.read(MAX_ANSWER_BYTES):
+                said += part
+        if not said:
+            raise NoFork("parser_died")  # its output is not scrubbed of secrets
+    except TimeoutError:
+        raise NoFork("parse_hung", f"not done within {PARSE_S:g} s") from None
+    finally:
+        output.cancel()
+        await asyncio.wait({output})
+    no = msgspec.json.decode(said, type=_Answer)
+    if no.reason:
+        raise NoFork(no.reason, no.detail[:MAX_DETAIL])
+
+
+async def _pass_over(output: asyncio.StreamReader | None) -> None:
+    """Keep reading, whatever dbt prints: a full pipe would stop it."""
+    while output is not None and await output.read(65536):
+        pass
+
+
+def _let_go(process: ForkedProcess) -> None:
+    """Of our ends of its pipes."""
+    if process.stdin is not None:
+        process.stdin.close()
+    process.close()
+
+
+def _line(wish: Mapping[str, object]) -> bytes:
+    return msgspec.json.encode(wish) + b"\n"
 
 
 def surroundings(folder: str, environment: Mapping[str, str]) -> bytes:

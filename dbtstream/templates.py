@@ -24,7 +24,8 @@ from typing import Literal, Self
 
 from dbtstream.config import DEFAULT_PASS_ENV, Config
 from dbtstream.forked_process import ForkedProcess
-from dbtstream.template import Key, NoFork, Template
+from dbtstream.manifest_templates import ManifestTemplates, Recipe
+from dbtstream.template import FORK_S, Key, NoFork, Template
 from dbtstream.workspace import child_environment
 
 logger = logging.getLogger(__name__)
@@ -34,9 +35,6 @@ MAX_TEMPLATES = 4
 
 MAX_RUNS = 200
 """Then a template is replaced: what forked runs leave in it, if they do, is bounded."""
-
-FORK_S = 5.0
-"""A template does nothing but wait for us, so one that does not answer for so long hangs."""
 
 MAX_PAUSE_S = 60.0
 UNFIT_S = 600.0
@@ -87,7 +85,7 @@ class Templates:
 
     def __init__(
         self,
-        mode: Literal["off", "imports"],
+        mode: Literal["off", "imports", "manifest"],
         *,
         max_templates: int = MAX_TEMPLATES,
         max_runs: int = MAX_RUNS,
@@ -104,6 +102,11 @@ class Templates:
         self._lives: set[asyncio.Task[None]] = set()
         self._one_at_a_time = asyncio.Lock()
         self._is_closing = False
+        self.manifests: ManifestTemplates | None = None
+        if mode == "manifest" and self._is_on:
+            self.manifests = ManifestTemplates(
+                self._find, self._one_at_a_time, max_runs=max_runs, fork_s=fork_s
+            )
 
     async def __aenter__(self) -> Self:
         return self
@@ -115,6 +118,8 @@ class Templates:
         traceback: TracebackType | None,
     ) -> None:
         self._is_closing = True
+        if self.manifests is not None:
+            await self.manifests.close()
         for life in self._lives:
             life.cancel()
         await asyncio.gather(*self._lives, return_exceptions=True)
@@ -134,11 +139,19 @@ class Templates:
         environment: Mapping[str, str],
         secret_names: Collection[str],
         frames: int,
+        recipe: Recipe | None = None,
     ) -> ForkedProcess | None:
-        """A process that reads its `Start` and writes frames, or None: it has to start cold."""
+        """A process that reads its `Start` and writes frames, or None: it has to start cold.
+
+        With a `recipe`, of a template that has parsed what that says, if there is one.
+        """
         # A folder that is not there is for a cold start to complain of.
         if not self._is_on or not await asyncio.to_thread(os.access, folder, os.X_OK):
             return None
+        if self.manifests is not None and (
+            parsed := await self._fork_parsed(recipe, environment, frames)
+        ):
+            return parsed
         try:
             template = self._find(python, environment, secret_names)
             process = await template.fork(folder, environment, frames, self._fork_s)
@@ -149,15 +162,43 @@ class Templates:
         self.stats.warm += 1
         return process
 
+    async def _fork_parsed(
+        self, recipe: Recipe | None, environment: Mapping[str, str], frames: int
+    ) -> ForkedProcess | None:
+        assert self.manifests is not None  # noqa: S101 - the caller looked
+        if recipe is None:
+            self.manifests.stats.declined["own_parse"] += 1
+            return None
+        with contextlib.suppress(NoFork):
+            return await self.manifests.fork(recipe, environment, frames)
+        return None
+
     def learn(self, python: str, adapter: str) -> None:
         """A run of this interpreter uses that adapter: its templates should have it, too."""
         for key, template in self._templates.items():
             if key.python == python:
                 template.import_adapter(adapter)
 
+    def run_ended(self, recipe: Recipe | None) -> None:
+        """One that was, or was not, forked from a template of that."""
+        if self.manifests is not None and recipe is not None:
+            self.manifests.run_ended(recipe)
+
     def pids(self) -> list[int]:
         """Of the templates that runs can be forked from."""
         return [each.pid for each in self._templates.values() if each.is_ready]
+
+    def pids_by_start(self) -> dict[str, list[int]]:
+        """By what a run is called that is forked from them."""
+        return {"warm": self.pids(), "manifest": self.manifests.pids() if self.manifests else []}
+
+    def declined(self) -> dict[tuple[str, str], int]:
+        """Runs that were not forked from a template of that kind, by why."""
+        manifests = self.manifests.stats.declined if self.manifests else {}
+        return {
+            **{("warm", reason): count for reason, count in self.stats.cold.items()},
+            **{("manifest", reason): count for reason, count in manifests.items()},
+        }
 
     # Which one.
 
@@ -223,6 +264,8 @@ class Templates:
         try:
             end = await self._serve(template)
             self._leave_out(template)
+            if self.manifests is not None:
+                self.manifests.retire_children(template)
             if end.reason in REPLACED:
                 self._begin(template.key)
             pause_s = self._judge(template, end)

@@ -26,6 +26,21 @@ from dbtstream.config import (
 
 PARSE_CACHE = "partial_parse.msgpack"
 
+RUN_VARIABLES = frozenset(
+    {
+        "DBT_TARGET_PATH",
+        "DBT_LOG_PATH",
+        "DBT_PARTIAL_PARSE_FILE_PATH",
+        "DBT_STATE",
+        "DBT_DEFER_STATE",
+        "DBT_ENV_CUSTOM_ENV_DBTSTREAM_RUN_ID",
+        "DBT_ENV_CUSTOM_ENV_DBTSTREAM_ATTEMPT",
+        "TRACEPARENT",
+        "TRACESTATE",
+    }
+)
+"""Of an environment, what each run has its own value of; the rest is the project's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
@@ -83,10 +98,7 @@ def prepare_workspace(
     else:
         target_path = attempt_dir / "target"
         make_private(target_path)
-    environment = child_environment(project, os.environ)
-    for variable, ref in project.secrets.items():
-        key = f"projects.{name}.secrets.{variable}"
-        environment[variable] = read_secret(ref, config.source, key)
+    environment = project_environment(config, name, project)
     environment |= {
         "DBT_TARGET_PATH": str(target_path),
         "DBT_LOG_PATH": str(log_path),
@@ -99,8 +111,6 @@ def prepare_workspace(
         environment["TRACESTATE"] = tracestate
     if project.target_path is None and cache.is_file():  # dbt refuses a path that is not there
         environment["DBT_PARTIAL_PARSE_FILE_PATH"] = str(cache)
-    if project.profiles_dir:
-        environment["DBT_PROFILES_DIR"] = project.profiles_dir
     return Workspace(
         run_dir=run_dir,
         attempt_dir=attempt_dir,
@@ -114,6 +124,17 @@ def prepare_workspace(
 
 def runs_dir(config: Config, project: str, target: str) -> Path:
     return config.state_dir / "runs" / project / target
+
+
+def project_environment(config: Config, name: str, project: ProjectConfig) -> dict[str, str]:
+    """What all runs of a project have, secrets included. Blocking. ConfigError, OSError."""
+    environment = child_environment(project, os.environ)
+    for variable, ref in project.secrets.items():
+        key = f"projects.{name}.secrets.{variable}"
+        environment[variable] = read_secret(ref, config.source, key)
+    if project.profiles_dir:
+        environment["DBT_PROFILES_DIR"] = project.profiles_dir
+    return environment
 
 
 def child_environment(project: ProjectConfig, environ: Mapping[str, str]) -> dict[str, str]:
@@ -131,13 +152,17 @@ def child_environment(project: ProjectConfig, environ: Mapping[str, str]) -> dic
 
 def keep_parse_cache(workspace: Workspace) -> None:
     """Offer this run's parse to the next one. Blocking; atomic, as others may be reading."""
-    written = workspace.target_path / PARSE_CACHE
-    if not written.is_file() or written.parent == workspace.parse_cache.parent:
+    offer_parse_cache(workspace.target_path / PARSE_CACHE, workspace.parse_cache)
+
+
+def offer_parse_cache(written: Path, shared: Path) -> None:
+    """The same of any parse; nothing where it was not written. Blocking; OSError."""
+    if not written.is_file() or written.parent == shared.parent:
         return
-    fresh = workspace.parse_cache.with_name(f".{workspace.run_dir.name}.{PARSE_CACHE}")
+    fresh = shared.with_name(f".{written.parent.parent.name}.{PARSE_CACHE}")
     with written.open("rb") as source, open_private(fresh) as copy:
         shutil.copyfileobj(source, copy)
-    fresh.replace(workspace.parse_cache)
+    fresh.replace(shared)
 
 
 def forget_old_runs(config: Config, project: str, target: str, *, running: set[str]) -> int:

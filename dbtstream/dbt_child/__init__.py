@@ -27,4 +27,7 @@ syntax floor Python 3.8 (dbt 1.8). `__main__` loads this folder as the package
     template    a process that has imported dbt, and that runs are forked from
     imports     what it imports, and what those imports read of the environment
     fingerprint what is installed, so that a template knows when it is out of date
+    parse       a project parsed by dbt, put away for a template
+    manifest    a template's parsed project, and what makes it a run's own
+    project_files  all files that a parse read, and whether they have changed
 """

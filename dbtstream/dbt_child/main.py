@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from typing import Any, Callable, Dict, List, NoReturn, Optional
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, NoReturn, Optional
 
 from . import engine, speedups
 from .callback import EventCallback, MeasuredCallback
@@ -27,6 +27,9 @@ from .results import artifact_frames, error_info, result_frame, results_frames, 
 from .retry import prepare
 from .scrub import Scrubber, secret_values
 from .stop import Stop
+
+if TYPE_CHECKING:
+    from .manifest import Parsed
 
 PROTOCOL = 1
 EXIT_REFUSED = 69  # EX_UNAVAILABLE
@@ -55,11 +58,13 @@ def invoke_dbt(make_child: Callable[[], "Child"]) -> NoReturn:
 class Child:
     """The parts, wired; `run` uses them in the order in which things happen.
 
-    `start` is what its process was before: nothing (cold), or a template (warm).
+    `start` is what its process was before: nothing (cold), a template that has imported dbt
+    (warm), or one that has the project `parsed` as well (manifest).
     """
 
-    def __init__(self, frame_fd: int, start: str = "cold") -> None:
+    def __init__(self, frame_fd: int, start: str = "cold", parsed: Optional[Parsed] = None) -> None:
         self._start = start
+        self._parsed = parsed
         self._channel = Channel(frame_fd, Scrubber(secret_values(os.environ)))
         self._stop = Stop(self._channel)
         self._control = Control(take_stdin(), self._stop)
@@ -104,7 +109,11 @@ class Child:
         faster = speedups.apply(version) if start.get("speedups", True) else []
         self._channel.emit(_hello(version, args, self._start, faster))
 
-        runner = runner_class(callbacks=[self._make_callback(start)])
+        callback = self._make_callback(start)
+        if self._parsed is None:
+            runner = runner_class(callbacks=[callback])
+        else:
+            runner = self._parsed.runner(runner_class, callback)
         prepared = prepare(args, start.get("retry"))
         sys.argv = ["dbt", *prepared.args]
         outcome = self._stop.invoke(lambda: runner.invoke(prepared.args, **prepared.keywords))

@@ -1,5 +1,9 @@
 """A process that has imported dbt, and that runs are forked from: `python dbt_child --template N`.
 
+Besides runs, an import template forks parsers of projects (`parse`) and manifest templates, which
+are the same as itself but have the parsed project as well (`manifest`); both know what they are
+about from their own control pipe. Runs are forked from those in the same way.
+
 N is a socket to the daemon (SOCK_SEQPACKET, a JSON object a message). It gets three descriptors
 for each run (control, frames, output), forks, and tells the fork's pid, with a descriptor of the
 process, and later how it ended. What a run is about, its environment with the secrets in it,
@@ -32,11 +36,17 @@ from . import fingerprint, imports
 from . import main as story
 from .control import die_with_parent
 from .engine import Refusal
+from .manifest import Parsed
+from .parse import parse_project
+from .scrub import Scrubber, secret_values
 
 MAX_MESSAGE_BYTES = 64 * 1024
 RUN_FDS = 3
 GROWTH_BYTES = 64 * 1024 * 1024
 """With so much more memory than after its imports, a template is to be replaced."""
+
+PARSER_NICE = 10
+"""Runs that are under way are worth more than one that may come."""
 
 LENGTH = struct.Struct(">I")
 """In front of what a run is about: its folder and its environment, between NUL bytes."""
@@ -64,9 +74,12 @@ def main(argv: List[str]) -> NoReturn:
 class Template:
     """`serve` until the daemon closes its end and all forks have ended."""
 
-    def __init__(self, channel: socket.socket, max_runs: int) -> None:
+    def __init__(
+        self, channel: socket.socket, max_runs: int, parsed: Optional[Parsed] = None
+    ) -> None:
         self._channel = channel
         self._max_runs = max_runs
+        self._parsed = parsed
         self._runs = 0
         self._forks: Dict[int, int] = {}  # pidfd -> pid
         self._accepts = True
@@ -82,6 +95,9 @@ class Template:
         except Refusal as refusal:
             self._tell("refused", reason=refusal.code, detail=refusal.message)
             return
+        self._serve()
+
+    def _serve(self) -> None:
         self._poll.register(self._channel, select.POLLIN)
         while self._accepts or self._forks:
             for fd, _ in self._poll.poll():
@@ -124,6 +140,9 @@ class Template:
             or fingerprint.of_files(self._loose) != self._loose_were
         ):
             raise Refusal("stale", "other packages are installed than when dbt was imported")
+        changed = self._parsed.change() if self._parsed is not None else None
+        if changed is not None:
+            raise Refusal("project_changed", changed)
 
     def _unknown_files(self, of_run: Sequence[int]) -> List[str]:
         known = {0, 1, 2, self._channel.fileno(), _resource_tracker_fd(), *self._forks, *of_run}
@@ -144,7 +163,9 @@ class Template:
         if message is None:
             self._retire()
         elif message["t"] == "fork":
-            self._fork(message["id"], fds)
+            self._fork(message["id"], message.get("as", "run"), fds)
+        elif message["t"] == "check":
+            self._look()
         elif message["t"] == "import":
             self._import(message["adapter"])
 
@@ -182,12 +203,20 @@ class Template:
         else:
             self._tell("ready", reads=reads, adapters=imports.imported_adapters())
 
+    def _look(self) -> None:
+        """Somebody has seen a file change; it may be none of ours."""
+        try:
+            self._check()
+        except Refusal as refusal:
+            self._tell("refused", reason=refusal.code, detail=refusal.message)
+            self._retire()
+
     # Runs.
 
-    def _fork(self, number: int, fds: List[int]) -> None:
+    def _fork(self, number: int, role: str, fds: List[int]) -> None:
         try:
             self._check(fds)
-            pid = self._fork_run(fds)
+            pid = self._fork_as(role, fds)
         except Refusal as refusal:
             self._tell("cold", id=number, reason=refusal.code, detail=refusal.message, last=True)
             self._retire()
@@ -206,14 +235,18 @@ class Template:
         if self._enough():
             self._retire()
 
-    def _fork_run(self, fds: List[int]) -> int:
-        control, frames, output = fds
+    def _fork_as(self, role: str, fds: List[int]) -> int:
+        become = {
+            "run": self._become_run,
+            "parser": self._become_parser,
+            "template": self._become_template,
+        }[role]
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
             try:
-                self._become_run(control, frames, output)
+                become(*fds)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -245,15 +278,62 @@ class Template:
 
     def _become_run(self, control: int, frames: int, output: int) -> NoReturn:
         """From here on nothing tells this process from one that was started for the run."""
-        os.setsid()
-        self._channel.close()
-        for pidfd in self._forks:
-            os.close(pidfd)
+        self._begin_anew(control, output)
+        os.set_blocking(frames, True)
+        start = "warm" if self._parsed is None else "manifest"
+        story.invoke_dbt(lambda: story.Child(frames, start, self._parsed))
+
+    def _become_parser(self, control: int, told: int, output: int) -> NoReturn:
+        """A line of what is to be parsed; an answer on `told`."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._begin_anew(control, output)
+        die_with_parent()
+        os.nice(PARSER_NICE)
+        answer: Dict[str, Any] = {"reason": "", "detail": ""}
+        try:
+            wish = _read_line(0)
+            parse_project(wish["folder"], wish["args"], wish["unset"])
+        except Refusal as refusal:
+            scrubber = Scrubber(secret_values(os.environ, wish["secrets"]))
+            answer = {"reason": refusal.code, "detail": scrubber.text(refusal.message)[0]}
+        with os.fdopen(told, "w", encoding="utf-8") as file:
+            json.dump(answer, file)
+        story.leave(0)
+
+    def _become_template(self, control: int, channel: int, output: int) -> NoReturn:
+        """With a project that a parser has put away; the environment stays that of imports."""
+        self._detach(control, output)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        die_with_parent()
+        os.set_inheritable(channel, False)
+        with socket.socket(fileno=channel) as ours:
+            wish = _read_line(0)
+            _close_input()
+            heir = Template(ours, wish["max_runs"])
+            heir.inherit(self, wish["folder"])
+        story.leave(0)
+
+    def inherit(self, parent: Template, folder: str) -> None:
+        """`serve` for a manifest template: what is imported is its parent's."""
+        self._installed = parent._installed
+        try:
+            try:
+                self._parsed = Parsed.load(folder)
+                self._parsed.compile_macros()
+            except Exception as error:
+                raise Refusal("not_loaded", f"{type(error).__name__}: {error}") from error
+            self._settle()
+            self._check()
+        except Refusal as refusal:
+            self._tell("refused", reason=refusal.code, detail=refusal.message)
+            return
+        self._tell("ready", reads=[], adapters=imports.imported_adapters())
+        self._serve()
+
+    def _begin_anew(self, control: int, output: int) -> None:
+        """A process that is started has this environment, this folder, and these files."""
+        self._detach(control, output)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # all else is as Python left it
-        for fd, place in ((control, 0), (output, 1), (output, 2)):
-            os.dup2(fd, place)
-        os.close(control)
-        os.close(output)
         folder, environment = _read_surroundings(0)
         coerced = os.environ.get("LC_CTYPE")
         os.environ.clear()
@@ -264,8 +344,17 @@ class Template:
         os.chdir(folder)
         gc.enable()
         _forget_metadata()
-        os.set_blocking(frames, True)
-        story.invoke_dbt(lambda: story.Child(frames, start="warm"))
+
+    def _detach(self, control: int, output: int) -> None:
+        """A session of its own, and nothing left open of the template."""
+        os.setsid()
+        self._channel.close()
+        for pidfd in self._forks:
+            os.close(pidfd)
+        for fd, place in ((control, 0), (output, 1), (output, 2)):
+            os.dup2(fd, place)
+        os.close(control)
+        os.close(output)
 
 
 def _close_all_but(kept: Set[int]) -> None:
@@ -282,6 +371,22 @@ def _read_surroundings(fd: int) -> Tuple[str, Dict[str, str]]:
     folder, *pairs = _read_exactly(fd, length).split(b"\0")
     split = (pair.partition(b"=") for pair in pairs)
     return os.fsdecode(folder), {os.fsdecode(name): os.fsdecode(value) for name, _, value in split}
+
+
+def _read_line(fd: int) -> Dict[str, Any]:
+    """Raises EOFError if the daemon has given it up."""
+    line = b""
+    while not line.endswith(b"\n"):
+        line += _read_exactly(fd, 1)
+    wish: Dict[str, Any] = json.loads(line.decode("utf-8"))
+    return wish
+
+
+def _close_input() -> None:
+    """The daemon's end of the control pipe has said all."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
 
 
 def _read_exactly(fd: int, count: int) -> bytes:

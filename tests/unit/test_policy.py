@@ -26,6 +26,7 @@ from dbtstream.policy import (
     check_args,
     check_earlier,
     check_retry,
+    own_parse,
     worker_args,
 )
 
@@ -482,3 +483,33 @@ def test_a_requests_own_sql_runs_only_where_the_project_says_so(flag: str) -> No
     with pytest.raises(RequestRejected, match="allow_inline"):
         check_args(args, SHOP)
     assert check_args(args, INLINE).args == args
+
+
+# A parse that somebody else has done.
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (["build"], ""),
+        (["build", "--full-refresh", "-s", "tag:nightly", "--defer", "--threads", "8"], ""),
+        (["source", "freshness", "--output", "x"], ""),
+        (["show", "--inline", "select 1", "--output", "json"], ""),
+        (["build", "--exclude", "--warn-error"], "flags"),
+        (["build", "--no-partial-parse"], "flags"),
+        (["build", "--warn-error"], "flags"),
+        (["build", "--warn-error-options", "{}"], "flags"),
+        (["build", "--no-static-parser"], "flags"),
+        (["build", "--vars", "{a: 1}"], "flags"),  # of a project's default_args
+        (["build", "-tprod"], "flags"),
+        (["build", "--use-v2-parser"], "flags"),
+        (["list"], "command"),
+        (["parse"], "command"),
+        (["retry"], "command"),
+        (["run-operation", "grant_all"], "command"),
+        (["deps"], "command"),
+    ],
+)
+def test_what_changes_parsing_is_parsed_for_itself(args: list[str], why: str) -> None:
+    words = 2 if args[0] in ("source", "docs") else 1
+    assert own_parse(DbtArgs(" ".join(args[:words]), args)) == why

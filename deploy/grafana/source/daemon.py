@@ -22,6 +22,9 @@ from dbtstream.instruments import (
     STAGE_FAILED,
     STAGE_RECEIVED,
     STAGE_SENT,
+    TEMPLATE_DECLINED,
+    TEMPLATE_MEMORY,
+    TEMPLATES,
 )
 from deploy.grafana.source import frame
 from deploy.grafana.source.panels import (
@@ -38,6 +41,7 @@ from deploy.grafana.source.promql import (
     EXPORTS,
     FAMILY,
     INSTANCE,
+    MEMORY_OF,
     REASON,
     SPAN_QUEUE,
     SPAN_QUEUE_CAPACITY,
@@ -326,6 +330,8 @@ def _events(page: dashboard.Dashboard) -> dashboard.Dashboard:
 def _children(page: dashboard.Dashboard) -> dashboard.Dashboard:
     exits = increase(one(CHILD_EXITS), "$__rate_interval")
     starts = increase(one(CHILD_STARTS), "$__rate_interval")
+    declined = increase(one(TEMPLATE_DECLINED), "$__rate_interval")
+    of_templates = f"{shown(START)} {shown(MEMORY_OF)}"
     every = f"sum({increase(one(CHILD_STARTS), '$__range')})"
     warm = f"sum({increase(one(CHILD_STARTS, START='warm|manifest'), '$__range')})"
     return (
@@ -359,6 +365,33 @@ def _children(page: dashboard.Dashboard) -> dashboard.Dashboard:
                 width=4,
                 no_value="no starts",
             ).height(8)
+        )
+        .with_panel(
+            lines(
+                "Templates",
+                [Query(f"sum {by(START)} ({one(TEMPLATES)})", shown(START))],
+                "Processes that runs are forked from: `warm` ones have dbt loaded, `manifest` ones "
+                "a parsed project as well.",
+                width=6,
+            )
+        )
+        .with_panel(
+            lines(
+                "Memory of templates",
+                [Query(f"sum {by(START, MEMORY_OF)} ({one(TEMPLATE_MEMORY)})", of_templates)],
+                "`rss`: resident. `pss`: what they share with each other and with runs is divided.",
+                unit="bytes",
+                width=8,
+            )
+        )
+        .with_panel(
+            bars(
+                "Not forked, by why",
+                [Query(f"sum {by(START, REASON)} ({declined})", f"{shown(START)} {shown(REASON)}")],
+                "`warm`: dbt was loaded anew. `manifest`: the project was parsed in the run. "
+                "`starting`: a template is on its way. `project_changed`: so it had to be.",
+                width=10,
+            )
         )
     )
 

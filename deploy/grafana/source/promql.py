@@ -40,6 +40,7 @@ FAMILY: Final = label(instruments.FAMILY)
 REASON: Final = label(instruments.REASON)
 STAGE: Final = label(instruments.STAGE)
 START: Final = label(instruments.START)
+MEMORY_OF: Final = label(instruments.MEMORY_KIND)
 ERROR_TYPE: Final = label(instruments.ERROR_TYPE)
 ANSWER: Final = label(http_attributes.HTTP_RESPONSE_STATUS_CODE)
 

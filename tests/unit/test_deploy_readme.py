@@ -61,7 +61,7 @@ def test_each_file_says_the_same_sum(file: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "figure", ["35 MB", "55 MB", "5.9 ms", "4.6 ms", "0.9 ms", "203 ms", "5,1", "1.0 ms"]
+    "figure", ["35 MB", "55 MB", "4.7 ms", "4.1 ms", "0.4 ms", "203 ms", "5,1", "1.0 ms"]
 )
 def test_its_figures_are_those_of_the_benchmark(figure: str) -> None:
     ours = {"5,1": "5,000 events", "1.0 ms": "1 ms", "203 ms": "5 … 203 ms"}

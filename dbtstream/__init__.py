@@ -23,7 +23,8 @@ Read `execution` first. A module imports only from the layers before its own:
                      lineage_graph (lineage_find lineage_views lineage_drawings)
                      openlineage_mapping (openlineage openlineage_datasets openlineage_runs)
                      schema (schema_examples asyncapi)
-    2 edges          nats_link (nats_connection nats_auth nats_errors) stored_message streams
+    2 edges          nats_link (nats_connection nats_client nats_auth nats_errors) stored_message
+                     streams
                      selection event_stream live_events consumer lease run_lease
                      (lease_renewal lease_keys)
                      store lineage_store (kv_bucket lineage_bucket write_behind) run_state

@@ -27,6 +27,7 @@ from nats.js import JetStreamContext
 from dbtstream.config import NatsConfig
 from dbtstream.errors import ConfigError, NatsError, NatsUnavailable
 from dbtstream.nats_auth import connect_options
+from dbtstream.nats_client import NatsClient
 from dbtstream.nats_errors import translate
 
 logger = logging.getLogger(__name__)
@@ -233,7 +234,7 @@ class NatsConnection:
     async def _live_one_client(self) -> None:
         """Connect, and return when nats-py has closed the client for good."""
         options = await asyncio.to_thread(connect_options, self._config, self._source)
-        client = Client()
+        client = NatsClient()
         self._closed_for_good.clear()
 
         async def on_disconnect() -> None:

@@ -160,5 +160,6 @@ def _rss_and_pss(pid: int) -> tuple[int, int]:
     except OSError:
         return 0, 0
     sizes = dict(line.split(":", 1) for line in text.splitlines()[1:])
-    rss, pss = (int(sizes[name].split()[0]) * 1024 for name in ("Rss", "Pss"))
+    # Of a process that has just ended there may be nothing.
+    rss, pss = (int(sizes.get(name, "0").split()[0]) * 1024 for name in ("Rss", "Pss"))
     return rss, pss

@@ -77,5 +77,5 @@ class Readings:
     outboxes: Outboxes
     outbox_limit: int
     queues: Queues | None  # None until JetStream has answered, and when it has not for long
-    templates: TemplateReadings | None = None  # None where warm starts are off
+    templates: TemplateReadings | None = None
     flows: Mapping[str, Flow] = field(default_factory=dict)  # of each stage

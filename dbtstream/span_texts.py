@@ -1,7 +1,7 @@
 """Values of spans as exporters take them: bounded, without what breaks an encoder. Pure.
 
-Layer 1. One lone surrogate in a span's name makes protobuf refuse the batch that it is in, and
-its 255 neighbours are lost with it; limits of the SDK do not hold for spans made by hand.
+Layer 1. A lone surrogate is no UTF-8, and a receiver may refuse the whole batch that it is in;
+and nothing after this bounds a span.
 """
 
 from collections.abc import Mapping

@@ -14,7 +14,7 @@ AttributeValue = str | bool | int | float | list[str]
 
 MAX_ATTRIBUTES = 128
 MAX_TEXT = 4096
-"""Characters of an attribute's text. The SDK's own limits do not hold for spans made by hand."""
+"""Characters of an attribute's text. Nothing else bounds a span."""
 MAX_STATUS_TEXT = 512
 MAX_LINKS = 32
 

@@ -26,14 +26,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dbtstream.config import Config, ProjectConfig, WorkerConfig
-from dbtstream.events import RunPlanned
 from dbtstream.statuses import RunStatus
 from dbtstream.subjects import EVENTS_STREAM
 from tests.bench.figures import Figure, Goal, quantile
 from tests.bench.loop_lag import LoopLag
 from tests.bench.options import Options, say, scratch
 from tests.bench.replayed import EVENTS_PER_NODE, replay_of, replaying_child
-from tests.bench.served import Served, cpu_s, end_of, queued_s, serving, sql_reader_cpu_s
+from tests.bench.served import (
+    Served,
+    cpu_s,
+    end_of,
+    planned_run,
+    queued_s,
+    serving,
+    sql_reader_cpu_s,
+)
 from tests.bench.stored import stored_events
 from tests.daemons import project_folder
 
@@ -111,7 +118,7 @@ async def _pass(served: Served, folder: Path, project: str, nodes: int, loop_lag
     """CPU is counted from the first node to the last run's end, with all that is told of it."""
     found = _Pass(nodes=nodes * CHILDREN)
     _go(folder, project).unlink(missing_ok=True)
-    run_ids = [await _planned_run(served, project, target) for target in TARGETS]
+    run_ids = [await planned_run(served, project, target) for target in TARGETS]
     used = cpu_s(served.daemon), sql_reader_cpu_s(served.daemon), queued_s(served.daemon)
     before, began = await _last_seq(served), time.monotonic()
     _go(folder, project).touch()
@@ -138,16 +145,6 @@ async def _pass(served: Served, folder: Path, project: str, nodes: int, loop_lag
     if len(found.lags_ms) != found.nodes * EVENTS_PER_NODE:
         raise RuntimeError(f"{len(found.lags_ms)} node events of {found.nodes} nodes are stored")
     return found
-
-
-async def _planned_run(served: Served, project: str, target: str) -> str:
-    """Submitted, and ready to send its first node."""
-    accepted = await served.client.submit(project, ["build"], target=target)
-    async with served.client.events(run_id=accepted.run_id) as events:
-        async for event in events:
-            if isinstance(event, RunPlanned):
-                return accepted.run_id
-    raise RuntimeError(f"run {accepted.run_id} ended without a plan")
 
 
 async def _last_seq(served: Served) -> int:

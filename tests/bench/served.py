@@ -22,7 +22,7 @@ from dbtstream.client import Client, NoDaemon
 from dbtstream.config import Config, NatsConfig
 from dbtstream.embedded import NatsServer
 from dbtstream.errors import NatsUnavailable
-from dbtstream.events import RunFinished
+from dbtstream.events import RunFinished, RunPlanned
 from dbtstream.nats_link import NatsLink
 
 REPOSITORY = Path(__file__).parents[2]
@@ -60,6 +60,16 @@ async def serving(
             await _ready(client, process, folder)
             daemon, nats = process_of(process.pid), process_of(server.pid)
             yield Served(daemon, nats, client, link, server.url)
+
+
+async def planned_run(served: Served, project: str, target: str) -> str:
+    """Submitted, and ready to send its first node."""
+    accepted = await served.client.submit(project, ["build"], target=target)
+    async with served.client.events(run_id=accepted.run_id) as events:
+        async for event in events:
+            if isinstance(event, RunPlanned):
+                return accepted.run_id
+    raise RuntimeError(f"run {accepted.run_id} ended without a plan")
 
 
 async def run_to_end(

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dbtstream.config import Config, ProjectConfig, WorkerConfig
-from dbtstream.events import RunPlanned
 from dbtstream.nats_link import NatsLink
 from dbtstream.outbox import Record
 from dbtstream.statuses import RunStatus
@@ -28,7 +27,7 @@ from dbtstream.subjects import EVENTS, EVENTS_STREAM, H_MSG_ID, STATE_BUCKET
 from tests.bench.figures import Figure, Goal, quantile
 from tests.bench.options import Options, say, scratch
 from tests.bench.replayed import EVENTS_PER_NODE, replay_of, replaying_child
-from tests.bench.served import Served, cpu_s, end_of, rss_mb, serving
+from tests.bench.served import Served, cpu_s, end_of, planned_run, rss_mb, serving
 from tests.bench.stored import stored_events
 from tests.daemons import project_folder
 
@@ -112,7 +111,7 @@ def _go(folder: Path, project: str) -> Path:
 
 async def _pass(served: Served, folder: Path, project: str, nodes: int) -> _Pass:
     found = _Pass()
-    run_ids = [await _planned_run(served, project, target) for target in TARGETS]
+    run_ids = [await planned_run(served, project, target) for target in TARGETS]
     watching = asyncio.create_task(_watch_memory(served, found), name="memory")
     states = await _states(served.link)
     used = cpu_s(served.daemon), cpu_s(served.nats)
@@ -139,16 +138,6 @@ async def _pass(served: Served, folder: Path, project: str, nodes: int) -> _Pass
     found.behind_s = max(replay.behind_s for replay in replays)
     await _read_back(served.link, project, nodes, found)
     return found
-
-
-async def _planned_run(served: Served, project: str, target: str) -> str:
-    """Submitted, and ready to send its first node."""
-    accepted = await served.client.submit(project, ["build"], target=target)
-    async with served.client.events(run_id=accepted.run_id) as events:
-        async for event in events:
-            if isinstance(event, RunPlanned):
-                return accepted.run_id
-    raise RuntimeError(f"run {accepted.run_id} ended without a plan")
 
 
 async def _watch_memory(served: Served, found: _Pass) -> None:
